@@ -1,0 +1,253 @@
+"""The `orbitstream` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from engine import __version__, app, demo, heartbeat, lanes, logs, migrate, process, settings, supervisor
+from engine.embedded import EmbeddedPostgres
+from engine.installations import EmbeddedError
+from engine.settings import Settings
+
+USAGE: Final = 2
+"""Exit code for a setting, a folder or a port that cannot be used: nothing was started."""
+
+log = logging.getLogger("orbitstream")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(argv)
+    given = {name: getattr(options, name, None) for name, *_ in settings.options()}
+    try:
+        config = settings.load(**given)
+        logs.configure(config.log_level, "orbitstream")
+        code: int = options.run(config, options)
+        return code
+    except (settings.SettingError, lanes.LaneDirError, EmbeddedError) as error:
+        print(f"orbitstream: {error}", file=sys.stderr)
+        return USAGE
+    except migrate.MigrationError as error:
+        print(f"orbitstream: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="orbitstream",
+        description="Take telemetry over HTTP and store every accepted point in TimescaleDB exactly once.",
+        epilog="Start with `orbitstream demo`: it needs nothing but this program. Settings are environment variables; "
+        "`orbitstream serve --help` lists them all.",
+    )
+    parser.add_argument("--version", action="version", version=f"orbitstream {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = _command(commands, "serve", _serve, "run the service: web workers, writers, maintenance")
+    _add_no_migrate(serve)
+    serve.add_argument("--port-file", type=Path, help="write the port listened on to this file")
+    serve.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    write = _command(commands, "write", _write, "run the writers only, beside a gunicorn of your own")
+    _add_no_migrate(write)
+    migration = _command(commands, "migrate", _migrate, "bring the database to this version's schema")
+    migration.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is pending")
+    migration.add_argument("--wait", action="store_true", help="keep trying while the database is away")
+    migration.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    status = _command(commands, "status", _status, "show lanes, writers and the database; exit 1 if degraded")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    _command(commands, "drain", _drain, "store what waits in the lanes, then end; exit 1 if some is left")
+    demo.add_command(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
+    """Add a subcommand that takes every setting as a flag."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + "."
+    )
+    command.set_defaults(run=run)
+    group = command.add_argument_group("settings", "each can also be given as the environment variable named")
+    for field, variable, text, default in settings.options():
+        shown = f"{text} [{variable}; default: {default}]".replace("%", "%%")
+        group.add_argument(f"--{field.replace('_', '-')}", dest=field, metavar="VALUE", help=shown)
+    return command
+
+
+def _add_no_migrate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-migrate", action="store_true", help="leave the database's schema as it is")
+
+
+@contextmanager
+def _database(config: Settings) -> Iterator[tuple[Settings, EmbeddedPostgres | None]]:
+    """Yield settings with a DATABASE_URL: the one that was given, or that of the embedded server, started here."""
+    if config.database_url is not None:
+        yield config, None
+        return
+    # A SIGTERM before the supervisor has its own handlers must still stop the server that is being started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    server = EmbeddedPostgres(config.home)
+    server.start(lambda message: log.info("embedded database: %s", message))
+    try:
+        given = {**config.given, "DATABASE_URL": server.dsn}
+        yield replace(config, database_url=server.dsn, given=given), server
+    finally:
+        server.stop()
+
+
+def _serve(config: Settings, options: argparse.Namespace) -> int:
+    if options.parent is not None:
+        process.die_with_parent(options.parent)
+    lanes.prepare(config.lane_dir)
+    with _sole_supervisor(config), supervisor.listen(config) as listener:
+        host, port = listener.getsockname()[:2]
+        if options.port_file is not None:
+            options.port_file.write_text(f"{port}\n")
+        with _database(config) as (config, server):
+            log.info(
+                "listening on http://%s:%d, %d workers, %d writers, lanes in %s",
+                f"[{host}]" if ":" in host else host, port, config.workers, config.writer_count, config.lane_dir,
+            )  # fmt: skip
+            service = supervisor.Supervisor(config, listener, migrate=not options.no_migrate)
+            return service.run(_keeping(server))
+
+
+def _write(config: Settings, options: argparse.Namespace) -> int:
+    lanes.prepare(config.lane_dir)
+    with _sole_supervisor(config), _database(config) as (config, server):
+        log.info("draining %s with %d writers", config.lane_dir, config.writer_count)
+        service = supervisor.Supervisor(config, None, migrate=not options.no_migrate)
+        return service.run(_keeping(server))
+
+
+def _keeping(server: EmbeddedPostgres | None) -> Callable[[], None]:
+    """Return what starts the embedded server again when it died; nothing to do for a database of the user's."""
+
+    def keep() -> None:
+        if server is None:
+            return
+        try:
+            server.ensure(lambda message: log.warning("embedded database: %s", message))
+        except EmbeddedError as error:
+            log.error("embedded database: %s", error)
+
+    return keep
+
+
+@contextmanager
+def _sole_supervisor(config: Settings) -> Iterator[None]:
+    """Hold the lock that says who supervises the writers of a lane directory."""
+    lock = lanes.Lock(config.lane_dir / "writers.lock")
+    if not lock.acquire():
+        raise settings.SettingError(
+            f"ORBITSTREAM_LANE_DIR={str(config.lane_dir)!r} is served by process {lock.holder()} already: "
+            "stop that one, or set another folder"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _migrate(config: Settings, options: argparse.Namespace) -> int:
+    import psycopg
+
+    if options.parent is not None:
+        process.die_with_parent(options.parent)
+    with _database(config) as (config, _):
+        url = config.owner_url
+        assert url is not None
+        pause = supervisor.MIN_BACKOFF_S
+        while True:
+            try:
+                if options.check:
+                    return _check_schema(url)
+                migrate.migrate(config, url, lambda message: log.info("%s", message))
+                return 0
+            except psycopg.OperationalError as error:
+                reason = " ".join(str(error).split())[:300]
+                if not options.wait:
+                    raise migrate.MigrationError(f"cannot reach the database: {reason}") from error
+                log.warning("database away, will migrate when it is back: %s", reason)
+            except migrate.MigrationError as error:
+                if options.wait:  # told apart from a crash by whoever started us
+                    log.error("%s", error)
+                    return supervisor.MIGRATION_FAILED
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, supervisor.MAX_BACKOFF_S)
+
+
+def _check_schema(url: str) -> int:
+    with migrate.connect(url, "orbitstream-migrate") as connection:
+        edition = migrate.find_edition(connection)
+        left = migrate.pending(connection, edition)
+    print(edition)
+    for migration in left:
+        print(f"pending {migration.version:04d} {migration.name}")
+    print("the schema is up to date" if not left else f"{len(left)} migrations are pending: run `orbitstream migrate`")
+    return 1 if left else 0
+
+
+def _status(config: Settings, options: argparse.Namespace) -> int:
+    report = app.health(config)
+    report["lanes"] = [
+        {
+            "name": lane.path.name,
+            "uuid": str(lane.uuid),
+            "queued_points": lane.queued_points,
+            "fill": round(lane.fill, 4),
+            "published_points": lane.published.points,
+            "settled_points": lane.settled_points,
+        }
+        for lane in lanes.open_lanes(config.lane_dir)
+    ]
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _print_status(report, config)
+    return 0 if report["status"] == "healthy" else 1
+
+
+def _print_status(report: dict[str, Any], config: Settings) -> None:
+    queue, writers = report["queue"], report["writers"]
+    print(f"{report['status']}: database {report['database']} ({report['edition']}), lanes in {config.lane_dir}")
+    print(f"writers  {writers['alive']} of {writers['expected']} alive, {report['committed_points']} points committed")
+    print(f"queue    {queue['points']} points, the oldest {queue['oldest_s']} s old; {report['stopped_lanes']} stopped")
+    for lane in report["lanes"]:
+        numbers = (
+            f"{lane['fill']:>6.1%} full {lane['queued_points']:>10} queued {lane['published_points']:>12} published"
+        )
+        print(f"{lane['name']}  {numbers}")
+
+
+def _drain(config: Settings, options: argparse.Namespace) -> int:
+    lanes.prepare(config.lane_dir)
+    with _sole_supervisor(config), _database(config) as (config, _):
+        url = config.database_url
+        assert url is not None
+        from engine.writer import Writer
+
+        beat = heartbeat.Heartbeat(heartbeat.beat_file(config.lane_dir, 0), own=True)
+        writer = Writer(replace(config, writers=1), url, 0, beat)
+        signal.signal(signal.SIGTERM, writer.stop)
+        before = beat.committed_points
+        writer.stop()
+        writer.run()
+        left = sum(lane.queued_points for lane in lanes.open_lanes(config.lane_dir))
+        print(f"stored {beat.committed_points - before} points, {left} left in {config.lane_dir}")
+        return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

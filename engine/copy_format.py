@@ -1,0 +1,116 @@
+"""Columns to PostgreSQL's binary COPY format, column-wise and without I/O.
+
+The format: a signature, then for each row a count of fields and for each field its length (-1 = NULL) and its bytes,
+all big endian, then a trailer (PostgreSQL documentation, "COPY", Binary Format).
+
+Fixed-width columns come first and the id last, so that a row is a packed structure of one dtype, filled column by
+column. Rows that differ in width (ids of several lengths, NULLs) are made as the full-width matrix of bytes, kept
+through a boolean mask: one vector operation for both.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.rows import Columns, Times
+
+SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+TRAILER: Final = b"\xff\xff"
+POSTGRES_EPOCH_US: Final = 946_684_800_000_000
+"""2000-01-01, from which PostgreSQL counts timestamps, in us since 1970."""
+
+_FIXED: Final = ("time", "received_at", "is_anomaly")
+
+
+@lru_cache(maxsize=256)
+def _template(channels: tuple[str, ...], width: int) -> NDArray[Any]:
+    """Return one row with all lengths set, of the dtype that rows of these channels and this id width have."""
+    fields: list[tuple[str, str]] = [("fields", ">i2")]
+    for name in ("time", "received_at"):
+        fields += [(f"{name} length", ">i4"), (name, ">i8")]
+    fields += [("is_anomaly length", ">i4"), ("is_anomaly", "u1")]
+    for name in channels:
+        fields += [(f"{name} length", ">i4"), (name, ">f8")]
+    fields += [("satellite_id length", ">i4"), ("satellite_id", f"S{width}")]
+    row = np.zeros(1, np.dtype(fields))
+    row["fields"] = len(_FIXED) + len(channels) + 1
+    for name in (*_FIXED, *channels, "satellite_id"):
+        row[f"{name} length"] = row.dtype[name].itemsize
+    return row
+
+
+def column_names(columns: Columns) -> list[str]:
+    """Return the names of the COPY columns in the order that `encode` writes them."""
+    return [*_FIXED, *columns.values, "satellite_id"]
+
+
+def encode(columns: Columns, received_at: Times) -> bytes:
+    """Return the rows in binary COPY format; `received_at` in us since 1970, NaN becomes NULL."""
+    count, width = len(columns), columns.satellite_id.dtype.itemsize
+    template = _template(tuple(columns.values), width)
+    row_bytes = template.dtype.itemsize
+    rows = np.repeat(template, count)
+    rows["time"] = columns.time - POSTGRES_EPOCH_US
+    rows["received_at"] = received_at - POSTGRES_EPOCH_US
+    rows["is_anomaly"] = columns.is_anomaly
+    rows["satellite_id"] = columns.satellite_id
+    keep: NDArray[np.bool_] | None = None
+    for name, values in columns.values.items():
+        rows[name] = values
+        absent = np.isnan(values)
+        if absent.any():
+            keep = np.ones((count, row_bytes), np.bool_) if keep is None else keep
+            rows[f"{name} length"][absent] = -1
+            offset = _offset(template.dtype, name)
+            keep[absent, offset : offset + 8] = False
+    lengths = id_lengths(columns)
+    if int(lengths.min()) < width:
+        keep = np.ones((count, row_bytes), np.bool_) if keep is None else keep
+        rows["satellite_id length"] = lengths
+        keep[:, row_bytes - width :] = np.arange(width) < lengths[:, None]
+    body = rows.tobytes() if keep is None else rows.view(np.uint8).reshape(count, row_bytes)[keep].tobytes()
+    return SIGNATURE + body + TRAILER
+
+
+def _offset(dtype: np.dtype[Any], name: str) -> int:
+    assert dtype.fields is not None
+    return int(dtype.fields[name][1])
+
+
+def _id_bytes(columns: Columns) -> NDArray[np.uint8]:
+    ids = np.ascontiguousarray(columns.satellite_id)
+    return ids.view(np.uint8).reshape(len(ids), -1)
+
+
+def id_lengths(columns: Columns) -> NDArray[np.intp]:
+    """Return the length of each id in bytes; ids hold no NUL, so the padding is what is zero."""
+    result: NDArray[np.intp] = np.count_nonzero(_id_bytes(columns), axis=1)
+    return result
+
+
+def order(columns: Columns) -> NDArray[np.intp]:
+    """Return the permutation that sorts points by (satellite_id, time), ids by memcmp as COLLATE "C" does.
+
+    Sorted rows fill the pages of the (satellite_id, time) index one after the other: about 1.4 times the COPY rate.
+    """
+    chars = _id_bytes(columns)
+    # Bytes that all ids share say nothing about their order; what is left is read as big-endian integers.
+    chars = chars[:, (chars != chars[0]).any(axis=0)]
+    padded = np.zeros((len(chars), -(-chars.shape[1] // 8) * 8), np.uint8)
+    padded[:, : chars.shape[1]] = chars
+    words = padded.view(">u8").astype(np.uint64)
+    return np.lexsort((columns.time, *(words[:, index] for index in reversed(range(words.shape[1])))))
+
+
+def take(columns: Columns, indices: NDArray[np.intp]) -> Columns:
+    """Return the points at `indices`, in that order."""
+    return Columns(
+        time=columns.time[indices],
+        satellite_id=columns.satellite_id[indices],
+        values={name: values[indices] for name, values in columns.values.items()},
+        is_anomaly=columns.is_anomaly[indices],
+    )

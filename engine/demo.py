@@ -1,0 +1,311 @@
+"""`orbitstream demo`: the whole engine on this machine, and a proof that it lost nothing.
+
+Starts a private database, the service and the simulator, and then compares the set of points that the simulator sent
+with the set of rows that the database has: sets, not counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from engine import heartbeat, lanes, settings
+from engine.embedded import EmbeddedPostgres
+from engine.settings import Settings
+
+READY_S: Final = 30.0
+SHOWN_KEYS: Final = 10
+
+
+class DemoError(Exception):
+    """The demo could not run to its end."""
+
+
+@dataclass(slots=True)
+class Comparison:
+    """The set sent against the set stored. Keys are (satellite_id, time)."""
+
+    sent: int
+    accepted: int
+    committed: int
+    lost: int
+    duplicated: int
+    invented: int
+    first_keys: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return not (self.lost or self.duplicated or self.invented)
+
+
+def compare(sent_log: Path, connection: psycopg.Connection[Any]) -> Comparison:
+    """Compare the simulator's log with the table.
+
+    Accepted points must be stored exactly once, points of unknown outcome at most once, refused ones not at all, and
+    nothing may be stored that was not sent.
+    """
+    sent = pq.read_table(sent_log).select(["satellite_id", "time", "outcome"])
+    sent = sent.set_column(0, "satellite_id", sent["satellite_id"].cast(pa.string()))
+    sent = sent.set_column(1, "time", sent["time"].cast(pa.int64()))
+    sent = sent.set_column(2, "outcome", sent["outcome"].cast(pa.string()))
+    stored = _stored(connection).group_by(["satellite_id", "time"]).aggregate([([], "count_all")])
+    joined = sent.join(stored, ["satellite_id", "time"], join_type="full outer")
+    rows = pc.fill_null(joined["count_all"], 0)
+    outcome = pc.fill_null(joined["outcome"], "never sent")
+    accepted = pc.equal(outcome, "accepted")
+    lost = pc.and_(accepted, pc.equal(rows, 0))
+    duplicated = pc.greater(rows, 1)
+    unexpected = pc.and_(pc.is_in(outcome, pa.array(["refused", "never sent"])), pc.greater(rows, 0))
+    wrong = joined.filter(pc.or_(pc.or_(lost, duplicated), unexpected)).slice(0, SHOWN_KEYS)
+    keys = [
+        f"{row['satellite_id']} {np.datetime64(row['time'], 'us')}Z: {row['outcome'] or 'never sent'}, "
+        f"{row['count_all'] or 0} rows"
+        for row in wrong.to_pylist()
+    ]
+    return Comparison(
+        sent=len(sent),
+        accepted=_count(accepted),
+        committed=int(pc.sum(rows).as_py() or 0),
+        lost=_count(lost),
+        duplicated=_count(duplicated),
+        invented=_count(unexpected),
+        first_keys=keys,
+    )
+
+
+def _count(mask: Any) -> int:
+    return int(pc.sum(mask).as_py() or 0)
+
+
+def _stored(connection: psycopg.Connection[Any]) -> pa.Table:
+    """Read the keys of all rows."""
+    with tempfile.TemporaryFile() as spool:
+        keys = "SELECT (extract(epoch FROM time) * 1000000)::bigint, satellite_id FROM telemetry"
+        with connection.cursor().copy(f"COPY ({keys}) TO STDOUT (FORMAT CSV)") as copy:
+            for block in copy:
+                spool.write(block)
+        if spool.tell() == 0:
+            return pa.table({"time": pa.array([], pa.int64()), "satellite_id": pa.array([], pa.string())})
+        spool.seek(0)
+        return pyarrow.csv.read_csv(
+            spool,
+            pyarrow.csv.ReadOptions(column_names=["time", "satellite_id"]),
+            convert_options=pyarrow.csv.ConvertOptions(column_types={"time": pa.int64(), "satellite_id": pa.string()}),
+        )
+
+
+def add_command(commands: Any) -> None:
+    """Add `demo` to the command line."""
+    command = commands.add_parser(
+        "demo",
+        help="run everything here for a few seconds and prove that nothing was lost",
+        description="Start a private database, the service and the simulator, stop them all, and compare the set of "
+        "points sent with the set stored. DATABASE_URL and a running service are not touched.",
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--satellites", type=int, default=100, help="fleet size (default: %(default)s)")
+    command.add_argument(
+        "--rate", type=float, default=100.0, help="points/s per satellite, 0 = all it takes (%(default)s)"
+    )
+    command.add_argument("--duration", type=float, default=10.0, help="seconds of load (default: %(default)s)")
+    command.add_argument("--batch", type=int, default=100, help="points a request (default: %(default)s)")
+    command.add_argument(
+        "--single-share", type=float, help="share of points sent one a request (0.05; 0 with --rate 0)"
+    )
+    command.add_argument("--workers", type=int, default=2, help="web workers (default: %(default)s)")
+    command.add_argument("--writers", type=int, default=1, help="writers (default: %(default)s)")
+    command.add_argument("--processes", type=int, help="simulator processes (default: the simulator's choice)")
+    command.add_argument("--seed", type=int, default=1, help="seed of the fleet (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(config: Settings, options: argparse.Namespace) -> int:
+    """Run the demo; exit code 1 if a point was lost, duplicated or invented."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    home, lane_dir = _private_folder(config.home), Path(tempfile.mkdtemp(prefix="orbitstream-demo-", dir="/dev/shm"))
+    try:
+        result = _run_in(home, lane_dir, options)
+    except DemoError as error:
+        print(f"orbitstream demo: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(lane_dir, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
+    comparison: Comparison = result.pop("comparison")
+    for key in comparison.first_keys:
+        print(f"  {key}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        invented = f", {comparison.invented} never sent or refused" if comparison.invented else ""
+        print(
+            f"committed {comparison.committed} points in {result['seconds']:.1f} s "
+            f"({result['points_per_second']}/s), {comparison.lost} lost, {comparison.duplicated} duplicated{invented}"
+        )
+    return 0 if comparison.clean and comparison.accepted else 1
+
+
+def _private_folder(home: Path) -> Path:
+    """Make a database home for this run; folders of demos that were killed are removed on the way."""
+    home.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for old in home.glob("demo-*"):
+        lock = lanes.Lock(old.with_suffix(".lock"))
+        if not old.name.endswith(".lock") and lock.acquire():
+            shutil.rmtree(old, ignore_errors=True)
+            lock.path.unlink(missing_ok=True)
+            lock.release()
+    folder = home / f"demo-{os.getpid()}"
+    folder.mkdir(mode=0o755)
+    return folder
+
+
+def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+    _say("starting a private database")
+    with _private_database(home) as database:
+        overrides = {
+            "DATABASE_URL": database.dsn,
+            "MIGRATION_DATABASE_URL": "",
+            "ORBITSTREAM_LANE_DIR": str(lane_dir),
+            "PORT": "0",
+            "ORBITSTREAM_HOST": "127.0.0.1",
+            "ORBITSTREAM_WORKERS": str(options.workers),
+            "ORBITSTREAM_WRITERS": str(options.writers),
+            "LOG_LEVEL": "error",
+        }
+        with _service(overrides, lane_dir) as (service, url):
+            _say(f"the service answers on {url}; sending for {options.duration:g} s")
+            sent_log = lane_dir / "sent.parquet"
+            report = _simulate(url, sent_log, options)
+            _say("stopping the service: it drains its lanes")
+            service.send_signal(signal.SIGTERM)
+            if service.wait(60) != 0:
+                raise DemoError(f"the service ended with exit code {service.returncode}")
+        bins = sum(beat.latency_bins for beat in heartbeat.read_all(lane_dir))
+        _say("comparing what was sent with what is stored")
+        with psycopg.connect(database.dsn, autocommit=True) as connection:
+            comparison = compare(sent_log, connection)
+            seconds = _seconds(connection)
+    p50, p99 = heartbeat.latency_ms(np.asarray(bins, np.uint64), (0.5, 0.99))
+    return {
+        "sent": comparison.sent,
+        "accepted": comparison.accepted,
+        "committed": comparison.committed,
+        "lost": comparison.lost,
+        "duplicated": comparison.duplicated,
+        "invented": comparison.invented,
+        "seconds": round(seconds, 3),
+        "points_per_second": round(comparison.committed / seconds) if seconds else 0,
+        "commit_latency_ms": {"p50": round(p50, 2), "p99": round(p99, 2)},
+        "simulator": report,
+        "comparison": comparison,
+    }
+
+
+@contextmanager
+def _private_database(home: Path) -> Iterator[EmbeddedPostgres]:
+    server = EmbeddedPostgres(home, die_with_parent=True)
+    server.start(_say)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _seconds(connection: psycopg.Connection[Any]) -> float:
+    """Return the time from the first point's reception to the last commit."""
+    row = connection.execute(
+        "SELECT extract(epoch FROM (SELECT max(updated_at) FROM ingest_progress) - min(received_at)) FROM telemetry"
+    ).fetchone()
+    return float(row[0]) if row and row[0] is not None else 0.0
+
+
+@contextmanager
+def _service(overrides: dict[str, str], lane_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run `orbitstream serve` and yield it with its address, once it accepts points and has its database."""
+    port_file = lane_dir / "port"
+    service = subprocess.Popen(
+        [sys.executable, "-P", "-m", "engine", "serve", "--port-file", str(port_file), "--parent", str(os.getpid())],
+        env=settings.child_environment(settings.load({}), **overrides),
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        yield service, _await_ready(service, port_file)
+    finally:
+        if service.poll() is None:
+            service.terminate()
+            try:
+                service.wait(60)
+            except subprocess.TimeoutExpired:
+                service.kill()
+
+
+def _await_ready(service: subprocess.Popen[bytes], port_file: Path) -> str:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        if service.poll() is not None:
+            raise DemoError(f"the service ended at its start with exit code {service.returncode}")
+        with suppress(OSError, ValueError):
+            url = f"http://127.0.0.1:{int(port_file.read_text())}"
+            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return url
+        time.sleep(0.05)
+    raise DemoError(f"the service is not healthy after {READY_S:.0f} s")
+
+
+def _simulate(url: str, sent_log: Path, options: argparse.Namespace) -> dict[str, Any]:
+    share = options.single_share if options.single_share is not None else (0.05 if options.rate else 0.0)
+    flags = {
+        "--api-url": url,
+        "--satellites": options.satellites,
+        "--rate": options.rate,
+        "--duration": options.duration,
+        "--batch": options.batch,
+        "--single-share": share,
+        "--seed": options.seed,
+        "--sent-log": sent_log,
+    }
+    if options.processes:
+        flags["--processes"] = options.processes
+    command = [sys.executable, "-P", "-m", "simulator", "--json"]
+    for flag, value in flags.items():
+        command += [flag, str(value)]
+    simulator = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    try:
+        output, _ = simulator.communicate()
+    except KeyboardInterrupt:
+        simulator.wait(15)  # the terminal sent it the same Ctrl-C; it ends what is under way
+        raise
+    finally:
+        if simulator.poll() is None:
+            simulator.kill()
+    if simulator.returncode not in (0, 1):
+        raise DemoError(f"the simulator ended with exit code {simulator.returncode}")
+    report: dict[str, Any] = json.loads(output)
+    return report
+
+
+def _say(message: str) -> None:
+    print(f"demo: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""What a writer says of itself, in a small mapped file that outlives it: heartbeat, state, counters, latency.
+
+    <lane dir>/writer-0.beat, 8-byte words written by the writer alone:
+
+       0  process id           4  committed points      8  last commit, us since 1970
+       1  beat (ns)            5  flushes               9  server edition (see EDITIONS)
+       2  state                6  failures
+       3  in state since (ns)  7  stopped lanes
+      64  latency histogram: points by the time from arrival to commit, LATENCY_BINS words
+
+Times marked ns are CLOCK_MONOTONIC, which all processes of one machine share. The web side reads this for /health
+and never talks to the database; the supervisor reads it to find a writer that is alive but no longer moves.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+FILE_BYTES: Final = 4096
+STALE_S: Final = 8.0
+"""A writer that has not beaten for so long is taken for stuck. Its database statements end sooner (see `writer`)."""
+LATENCY_BINS: Final = 256
+EDITIONS: Final = ("unknown", "plain", "apache", "timescale")
+
+_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION = range(10)
+_LATENCY: Final = 64
+# Bin i counts latencies up to 10 us * 1.07**i: 7 % wide, from 10 us to 5 minutes.
+_EDGES: Final = 10.0 * 1.07 ** np.arange(LATENCY_BINS)
+
+
+class State(IntEnum):
+    """What a writer is at."""
+
+    STARTING = 0
+    CONNECTED = 1
+    DATABASE_AWAY = 2
+    ENDED = 3
+
+
+class Heartbeat:
+    """The status file of writer `index`. The writer opens it with `own=True` and writes; everybody else reads."""
+
+    def __init__(self, path: Path, *, own: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if own else 0)
+        fd = os.open(path, flags, 0o600)
+        try:
+            if own:
+                os.posix_fallocate(fd, 0, FILE_BYTES)
+            self._map = mmap.mmap(fd, FILE_BYTES)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("Q")
+        if own:
+            self._words[_PID] = os.getpid()
+            self.enter(State.STARTING)
+            self.beat()
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+    # -- written by the writer
+
+    def beat(self) -> None:
+        self._words[_BEAT] = time.monotonic_ns()
+
+    def enter(self, state: State) -> None:
+        if self._words[_STATE] != state or not self._words[_SINCE]:
+            self._words[_SINCE] = time.monotonic_ns()
+            self._words[_STATE] = state
+
+    def set_edition(self, edition: str) -> None:
+        self._words[_EDITION] = EDITIONS.index(edition)
+
+    def set_stopped_lanes(self, count: int) -> None:
+        self._words[_STOPPED] = count
+
+    def failed(self) -> None:
+        self._words[_FAILURES] += 1
+
+    def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64]) -> None:
+        """Count one commit; `latencies_us` holds for each point the time from arrival to commit."""
+        words = self._words
+        words[_COMMITTED] += points
+        words[_FLUSHES] += 1
+        words[_LAST] = now_us
+        bins = np.minimum(np.searchsorted(_EDGES, latencies_us), LATENCY_BINS - 1)
+        for index, count in zip(*np.unique(bins, return_counts=True), strict=True):
+            words[_LATENCY + int(index)] += int(count)
+
+    # -- read by anybody
+
+    @property
+    def pid(self) -> int:
+        return self._words[_PID]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last beat."""
+        return (time.monotonic_ns() - self._words[_BEAT]) / 1e9
+
+    @property
+    def alive(self) -> bool:
+        return self.state is not State.ENDED and 0 <= self.age < STALE_S
+
+    @property
+    def state(self) -> State:
+        return State(self._words[_STATE])
+
+    @property
+    def in_state(self) -> float:
+        """Seconds since the writer entered its state."""
+        return (time.monotonic_ns() - self._words[_SINCE]) / 1e9
+
+    @property
+    def committed_points(self) -> int:
+        return self._words[_COMMITTED]
+
+    @property
+    def flushes(self) -> int:
+        return self._words[_FLUSHES]
+
+    @property
+    def stopped_lanes(self) -> int:
+        return self._words[_STOPPED]
+
+    @property
+    def edition(self) -> str:
+        return EDITIONS[self._words[_EDITION]]
+
+    @property
+    def latency_bins(self) -> NDArray[np.uint64]:
+        return np.array(self._words[_LATENCY : _LATENCY + LATENCY_BINS], np.uint64)
+
+
+def beat_file(folder: Path, index: int) -> Path:
+    """Name the status file of writer `index`."""
+    return folder / f"writer-{index}.beat"
+
+
+def read_all(folder: Path) -> list[Heartbeat]:
+    """Map the status files of all writers of a lane directory."""
+    found = []
+    for path in sorted(folder.glob("writer-*.beat")):
+        try:
+            found.append(Heartbeat(path))
+        except (OSError, ValueError):  # removed, or not yet of its size
+            continue
+    return found
+
+
+def latency_ms(bins: NDArray[np.uint64], quantiles: Sequence[float]) -> list[float]:
+    """Return the latencies (ms) below which the given shares of the points lie; 0 without points."""
+    total = int(bins.sum())
+    if total == 0:
+        return [0.0] * len(quantiles)
+    cumulated = np.cumsum(bins)
+    return [float(_EDGES[np.searchsorted(cumulated, quantile * total)]) / 1000 for quantile in quantiles]

@@ -1,0 +1,176 @@
+"""The lane directory: which lanes there are, and who owns their two ends.
+
+    <lane dir>/lane-0003.ring        the ring file
+               lane-0003.producer    locked by the web worker that appends to it
+               lane-0003.consumer    locked by the writer that drains it
+               archive/              sealed lanes that were drained to their end
+               writers.lock          locked by the one who supervises writers here
+
+A lock is an flock on a file of its own, opened after any fork with O_CLOEXEC: the kernel frees it when its holder dies
+and nobody else can. A process that holds one never forks. Lock files are never removed, so that two processes can
+never hold locks on two inodes of one name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from engine.ring import Consumer, Lane, LaneError, Producer, boot_id, create
+from engine.sealed import SealedConsumer
+
+MAX_LANES: Final = 1000
+_NAME = re.compile(r"lane-\d{4}\.ring")
+
+
+class LaneDirError(Exception):
+    """A lane directory that cannot be used, and what to do about it."""
+
+
+class Lock:
+    """An exclusive flock on `path`, held until `release` or the death of this process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def acquire(self) -> bool:
+        """Take the lock if it is free, without waiting; tell whether it is ours now."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        self._fd = fd
+        return True
+
+    def holder(self) -> str:
+        """Return the process id that the last holder wrote, for an error message."""
+        try:
+            return self.path.read_text().strip() or "?"
+        except OSError:
+            return "?"
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def prepare(folder: Path) -> None:
+    """Make the lane directory, 0700, or check that the one that is there is ours alone; raises LaneDirError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise LaneDirError(f"cannot make the lane directory {folder}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise LaneDirError(f"the lane directory {folder} is not a directory")
+    if status.st_uid != os.geteuid():
+        raise LaneDirError(f"the lane directory {folder} belongs to user {status.st_uid}, we are {os.geteuid()}")
+    if status.st_mode & 0o022:
+        raise LaneDirError(f"the lane directory {folder} can be written by others: chmod 700 {folder}")
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LaneDirError(f"the lane directory {folder} cannot be written: {error.strerror}") from error
+
+
+def lane_files(folder: Path) -> list[Path]:
+    """Return the ring files of `folder` that are in use or wait to be drained, by name."""
+    try:
+        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    except FileNotFoundError:
+        return []
+
+
+def open_lanes(folder: Path) -> Iterator[Lane]:
+    """Map each lane of `folder` in turn, for a look at its words; the caller closes each."""
+    for path in lane_files(folder):
+        try:
+            yield Lane(path)
+        except FileNotFoundError:  # archived between the listing and now
+            continue
+
+
+def claim_producer(folder: Path, capacity: int, layout: bytes) -> tuple[Producer, Lock]:
+    """Take the first lane whose producer lock is free and which this process may append to, or make a new one.
+
+    Only a lane of this boot, this row layout and this capacity is adopted; others are left to the writers. Raises
+    LaneDirError when the file system has no room for a new lane.
+    """
+    boot = boot_id()
+    for number in range(MAX_LANES):
+        path = folder / f"lane-{number:04d}.ring"
+        lock = Lock(path.with_suffix(".producer"))
+        if not lock.acquire():
+            continue
+        if not path.exists():
+            _create(path, capacity, layout, boot)
+        lane = Lane(path)
+        if lane.boot == boot and lane.layout == layout and lane.capacity == capacity - capacity % 4096:
+            return Producer(lane), lock
+        lane.close()
+        lock.release()
+    raise LaneDirError(f"{folder} holds {MAX_LANES} lanes already: run `orbitstream drain`")
+
+
+def _create(path: Path, capacity: int, layout: bytes, boot: bytes) -> None:
+    try:
+        create(path, capacity, layout, boot)
+    except OSError as error:
+        raise LaneDirError(
+            f"cannot make a lane of {capacity} bytes in {path.parent}: {error.strerror}; "
+            "free some space, or set ORBITSTREAM_LANE_BYTES or ORBITSTREAM_LANE_DIR"
+        ) from error
+    except LaneError as error:
+        raise LaneDirError(f"cannot make a lane: {error}") from error
+
+
+def claim_consumer(path: Path) -> tuple[Consumer, Lock] | None:
+    """Take the consumer end of a lane if it is free; None if another process has it or the lane is gone."""
+    lock = Lock(path.with_suffix(".consumer"))
+    if not lock.acquire():
+        return None
+    try:
+        lane = Lane(path)
+    except FileNotFoundError:
+        lock.release()
+        return None
+    except BaseException:
+        lock.release()
+        raise
+    return (Consumer(lane) if lane.boot == boot_id() else SealedConsumer(lane)), lock
+
+
+def retire(consumer: Consumer, layout: bytes) -> bool:
+    """Archive a drained lane that no producer will adopt again; tell whether it is gone from the directory.
+
+    The caller holds the consumer lock. That is a lane of an earlier boot, or of another row layout; its producer lock
+    is taken for the move, so that nobody appends to it meanwhile.
+    """
+    lane = consumer.lane
+    if not isinstance(consumer, SealedConsumer) and lane.layout == layout:
+        return False
+    lock = Lock(lane.path.with_suffix(".producer"))
+    if not lock.acquire():
+        return False
+    try:
+        if not isinstance(consumer, SealedConsumer) and lane.head != lane.tail:
+            return False
+        archive = lane.path.parent / "archive"
+        archive.mkdir(mode=0o700, exist_ok=True)
+        os.replace(lane.path, archive / f"{lane.uuid}.ring")
+        return True
+    finally:
+        lock.release()
