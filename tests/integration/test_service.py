@@ -1,0 +1,408 @@
+"""The service as an operator meets it: settings, start, stop, signals, and what each leaves in the table."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.service import POINT, Service, children, command_line, eventually, is_gone, kill
+
+
+class Load(threading.Thread):
+    """Post batches until told to stop; remembers for each (satellite_id, sequence) what came of it."""
+
+    def __init__(self, service: Service, name: str, batch: int = 50) -> None:
+        super().__init__(daemon=True)
+        self.service, self.label, self.batch = service, name, batch
+        self.accepted: set[str] = set()
+        self.unknown: set[str] = set()
+        self.refused = 0
+        self.longest_gap = 0.0
+        self.stopping = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        number, last = 0, time.monotonic()
+        while not self.stopping.is_set():
+            names = [f"{self.label}-{number}-{index}" for index in range(self.batch)]
+            number += 1
+            try:
+                status, _, _ = self.service.post(
+                    "/telemetry/batch", [{**POINT, "satellite_id": name} for name in names]
+                )
+            except OSError:
+                status = 0
+            if status == 202:
+                self.accepted.update(names)
+                self.longest_gap = max(self.longest_gap, time.monotonic() - last)
+                last = time.monotonic()
+            elif status == 503:
+                self.refused += 1
+            else:
+                self.unknown.update(names)
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.join(30)
+        assert not self.is_alive()
+
+
+def assert_exactly_once(service: Service, loads: list[Load]) -> None:
+    """Accepted: one row. Unknown: one row or none. Nothing else."""
+    stored = [row[0] for row in service.query("SELECT satellite_id FROM telemetry")]
+    found = set(stored)
+    accepted = set().union(*(load.accepted for load in loads))
+    unknown = set().union(*(load.unknown for load in loads))
+    assert accepted, "the load never got through"
+    assert accepted - found == set(), "lost"
+    assert len(stored) == len(found), "duplicated"
+    assert found - accepted - unknown == set(), "stored though refused or never sent"
+
+
+def loads_on(service: Service, count: int = 3) -> list[Load]:
+    loads = [Load(service, f"L{index}") for index in range(count)]
+    eventually(lambda: all(len(load.accepted) > 100 for load in loads), 20, "load")
+    return loads
+
+
+# -- the plan's own lines
+
+
+def test_an_anomaly_is_stored_flagged_and_logged(service: Service) -> None:
+    service.start()
+    begun = time.monotonic()
+    assert service.post("/telemetry", {**POINT, "battery_charge_percent": 5})[0] == 202
+    eventually(lambda: service.count() == 1)
+    assert time.monotonic() - begun < 1.0
+    assert service.query("SELECT is_anomaly FROM telemetry") == [(True,)]
+    eventually(lambda: "WARNING writer-0: anomaly satellite_id=TEST-01 battery_charge_percent=5" in service.output())
+    eventually(lambda: "INFO writer-0: inserted 1 rows in 1 flushes" in service.output())
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "normal", "anomaly"),
+    [
+        ("ANOMALY_THRESHOLD_BATTERY", "50", {"battery_charge_percent": 50}, {"battery_charge_percent": 49}),
+        ("ANOMALY_THRESHOLD_STORAGE", "500", {"storage_usage_mb": 500}, {"storage_usage_mb": 501}),
+        ("ANOMALY_THRESHOLD_SIGNAL", "-60", {"signal_strength_dbm": -60}, {"signal_strength_dbm": -61}),
+    ],
+)
+def test_a_threshold_does_what_it_says(
+    service: Service, variable: str, text: str, normal: dict[str, float], anomaly: dict[str, float]
+) -> None:
+    quiet = {"battery_charge_percent": 99, "storage_usage_mb": 1, "signal_strength_dbm": 0}
+    service.start(**{variable: text})
+    for name, changes in (("normal", normal), ("anomaly", anomaly)):
+        assert service.post("/telemetry", {**POINT, **quiet, **changes, "satellite_id": name})[0] == 202
+    eventually(lambda: service.count() == 2)
+    assert service.query("SELECT satellite_id, is_anomaly FROM telemetry ORDER BY 1") == [
+        ("anomaly", True),
+        ("normal", False),
+    ]
+
+
+def test_max_connections_bounds_what_the_service_opens(service: Service) -> None:
+    service.start(MAX_CONNECTIONS="3", ORBITSTREAM_WRITERS="8")
+    most = 0
+    for _ in range(50):
+        service.post("/telemetry/batch", [POINT] * 10)
+        most = max(
+            most,
+            service.query("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'orbitstream-%%'")[0][0],
+        )
+    assert 2 <= most <= 3
+    assert len(service.writers()) == 2
+
+
+def test_a_flush_waits_for_size_or_age(service: Service) -> None:
+    service.start(BATCH_SIZE="100", BATCH_TIMEOUT="30s", ORBITSTREAM_WORKERS="1")
+    service.post("/telemetry/batch", [POINT] * 99)
+    eventually(lambda: service.get("/health")[1]["queue"]["points"] == 99)
+    assert service.count() == 0
+    service.post("/telemetry", POINT)
+    eventually(lambda: service.count() == 100, 5)
+
+
+# -- starting
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        ({"BATCH_SIZE": "0"}, "BATCH_SIZE"),
+        ({"DATABASE_URL": "nonsense"}, "DATABASE_URL"),
+        ({"ORBITSTREAM_LANE_DIR": "/proc/lanes"}, "/proc/lanes"),
+        ({"ORBITSTREAM_HOST": "0.0.0.0"}, "ORBITSTREAM_HOST"),
+    ],
+)
+def test_a_bad_setting_stops_the_start_with_one_line(service: Service, environment: dict[str, str], names: str) -> None:
+    ended = service.run("serve", **environment)
+    assert ended.returncode == 2
+    assert names in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("orbitstream: ")
+
+
+def test_a_taken_port_and_a_taken_lane_directory_are_told(service: Service, lane_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = service.run("serve", PORT=str(taken.getsockname()[1]))
+        assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+        assert "PORT=" in ended.stderr
+    service.start()
+    second = service.run("serve")
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert f"served by process {service.pid}" in second.stderr
+    third = service.run("write")
+    assert third.returncode == 2
+
+
+def test_gunicorn_alone_tells_a_bad_setting_too(service: Service) -> None:
+    configuration = Path(__file__).resolve().parents[2] / "deploy" / "gunicorn.conf.py"
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "gunicorn", "-c", str(configuration), "engine.app:create_app()"],
+        env={**os.environ, **service.environment, "BATCH_SIZE": "none"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd="/",
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "orbitstream: BATCH_SIZE='none' must be a whole number from 1 to 1000000\n"
+
+
+def test_gunicorn_and_write_do_the_same_job_as_serve(service: Service, lane_dir: Path) -> None:
+    configuration = Path(__file__).resolve().parents[2] / "deploy" / "gunicorn.conf.py"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    web = service.spawn("-m", "gunicorn", "-c", str(configuration), "engine.app:create_app()", PORT=str(port))
+    writer = service.spawn("-m", "engine", "write")
+    try:
+        service.port = port
+        eventually(lambda: service.get("/health")[0] == 200, 20)
+        for number in range(20):
+            assert service.post("/telemetry", {**POINT, "satellite_id": f"S{number}"})[0] == 202
+        eventually(lambda: service.count() == 20)
+        web.send_signal(signal.SIGTERM)
+        assert web.wait(30) == 0
+        writer.send_signal(signal.SIGINT)
+        assert writer.wait(30) == 0
+    finally:
+        for process in (web, writer):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+
+
+# -- stopping
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_under_load_loses_nothing_and_exits_0(service: Service, signum: int) -> None:
+    service.start()
+    loads = loads_on(service)
+    everything = service.everything()
+    assert service.stop(signum) == 0
+    for load in loads:
+        load.stop()
+    assert_exactly_once(service, loads)
+    for pid in everything:
+        eventually(lambda pid=pid: is_gone(pid), 5)
+    assert "the lanes are empty" in service.output()
+    assert "Traceback" not in service.output()
+
+
+def test_sighup_renews_the_workers_without_a_loss(service: Service) -> None:
+    service.start()
+    loads = loads_on(service)
+    before = set(service.workers())
+    assert service.process is not None
+    service.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(service.workers()) == 2 and not before & set(service.workers()), 30)
+    marks = [len(load.accepted) for load in loads]
+    eventually(lambda: all(len(load.accepted) > mark for load, mark in zip(loads, marks, strict=True)))
+    for load in loads:
+        load.stop()
+    assert service.stop() == 0
+    assert_exactly_once(service, loads)
+
+
+def test_a_stop_in_the_middle_of_the_start_leaves_nothing_running(service: Service) -> None:
+    for _ in range(3):
+        process = service.spawn("-m", "engine", "serve")
+        eventually(lambda process=process: children(process.pid) or process.poll() is not None, 20)
+        everything = [process.pid, *children(process.pid)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+        for pid in everything:
+            eventually(lambda pid=pid: is_gone(pid), 5)
+
+
+# -- kills
+
+
+@pytest.mark.crash
+def test_sigkill_of_writers_and_workers_under_load_loses_nothing(service: Service) -> None:
+    service.start()
+    loads = loads_on(service)
+    for turn in range(3):
+        for victims in (service.writers, service.workers):
+            before = set(victims())
+            kill([sorted(before)[turn % len(before)]])
+            eventually(lambda victims=victims, before=before: set(victims()) - before, 10, "a replacement")
+            marks = [len(load.accepted) for load in loads]
+            eventually(
+                lambda marks=marks: all(len(load.accepted) > mark for load, mark in zip(loads, marks, strict=True))
+            )
+    for load in loads:
+        load.stop()
+        assert load.longest_gap < 2.0
+    assert service.stop() == 0
+    assert_exactly_once(service, loads)
+
+
+@pytest.mark.crash
+def test_sigkill_of_everything_then_a_restart_loses_nothing(service: Service) -> None:
+    service.start()
+    loads = loads_on(service)
+    service.kill_everything()
+    for load in loads:
+        load.stop()
+    service.start()
+    assert service.stop() == 0
+    assert_exactly_once(service, loads)
+
+
+@pytest.mark.crash
+def test_a_killed_supervisor_takes_all_with_it_and_the_port_is_free(service: Service) -> None:
+    service.start()
+    everything = service.everything()
+    kill([service.pid])
+    for pid in everything:
+        eventually(lambda pid=pid: is_gone(pid), 5, command_line(pid))
+    assert service.process is not None
+    service.process.wait(5)
+    service.start(PORT=str(service.port))
+
+
+@pytest.mark.crash
+def test_a_stopped_writer_is_killed_and_replaced(service: Service) -> None:
+    service.start()
+    (writer,) = service.writers()
+    kill([writer], signal.SIGSTOP)
+    assert service.post("/telemetry", POINT)[0] == 202
+    eventually(lambda: service.writers() != [writer], 15, "another writer")
+    eventually(lambda: service.count() == 1, 5)
+    kill([writer], signal.SIGCONT)
+    assert service.stop() == 0
+    assert service.count() == 1
+
+
+@pytest.mark.crash
+def test_killed_backends_are_survived(service: Service) -> None:
+    service.start()
+    loads = loads_on(service)
+    for _ in range(10):
+        service.query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name LIKE 'orbitstream-writer-%%' AND datname = current_database()"
+        )
+        marks = service.count()
+        eventually(lambda marks=marks: service.count() > marks, 20)
+    for load in loads:
+        load.stop()
+    assert service.stop() == 0
+    assert_exactly_once(service, loads)
+
+
+# -- the database away
+
+
+def refuse_connections(server: str, database: str, *, refuse: bool) -> None:
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {database} WITH ALLOW_CONNECTIONS {str(not refuse).lower()}".encode())
+        if refuse:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
+
+
+def test_the_service_starts_and_accepts_with_the_database_away(service: Service, server: str) -> None:
+    name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
+    refuse_connections(server, name, refuse=True)
+    service.start(healthy=False)
+    assert service.post("/telemetry/batch", [POINT] * 10)[0] == 202
+    status, report, _ = service.get("/health")
+    assert (status, report["status"], report["queue"]["points"]) == (503, "degraded", 10)
+    refuse_connections(server, name, refuse=False)
+    service.await_healthy()
+    eventually(lambda: service.count() == 10)
+
+
+def test_a_full_lane_is_503_with_retry_after_and_drains_when_the_database_returns(
+    service: Service, server: str
+) -> None:
+    name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
+    service.start(ORBITSTREAM_LANE_BYTES="64KiB", ORBITSTREAM_WORKERS="1")
+    refuse_connections(server, name, refuse=True)
+    accepted = 0
+    for _ in range(1000):
+        status, problem, headers = service.post("/telemetry/batch", [POINT] * 20)
+        if status == 503:
+            break
+        accepted += 20
+    assert status == 503
+    assert problem["type"].rpartition(":")[2] == "lane-full"
+    assert (problem["retryable"], problem["accepted"]) == (True, 0)
+    assert int(headers["retry-after"]) >= 1
+    assert service.get("/health/ready")[0] == 503
+    refuse_connections(server, name, refuse=False)
+    eventually(lambda: service.count() == accepted, 30)
+    eventually(lambda: service.get("/health/ready")[0] == 200)
+    assert service.post("/telemetry", POINT)[0] == 202
+
+
+def test_points_stay_in_the_lanes_over_a_stop_without_the_database(service: Service, server: str) -> None:
+    name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
+    service.start(ORBITSTREAM_DRAIN_TIMEOUT="1s")
+    refuse_connections(server, name, refuse=True)
+    assert service.post("/telemetry/batch", [POINT] * 7)[0] == 202
+    assert service.stop() == 0
+    assert f"7 points stay in the lanes in {service.lane_dir}" in service.output()
+    refuse_connections(server, name, refuse=False)
+    drained = service.run("drain")
+    assert (drained.returncode, drained.stdout) == (0, f"stored 7 points, 0 left in {service.lane_dir}\n")
+    assert service.count() == 7
+    assert service.run("drain").stdout.startswith("stored 0 points")
+
+
+def test_a_lane_never_drains_into_another_database(service: Service, server: str) -> None:
+    service.start()
+    service.post("/telemetry", POINT)
+    eventually(lambda: service.count() == 1)
+    assert service.stop() == 0
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS test_other WITH (FORCE)")
+        connection.execute("CREATE DATABASE test_other")
+    service.database = psycopg.conninfo.make_conninfo(service.database, dbname="test_other")
+    service.environment["DATABASE_URL"] = service.database
+    service.start(healthy=False)
+    eventually(lambda: "is stopped, its points are kept: it was drained into database" in service.output(), 20)
+    assert service.count() == 0
+
+
+def test_a_database_that_went_back_in_time_stops_the_lane(service: Service) -> None:
+    service.start(ORBITSTREAM_WORKERS="1")
+    service.post("/telemetry", POINT)
+    eventually(lambda: service.count() == 1)
+    assert service.stop() == 0
+    service.query("UPDATE ingest_progress SET position = 0 RETURNING 1")
+    service.start(healthy=False, ORBITSTREAM_WORKERS="1")
+    eventually(lambda: "the database went back in time" in service.output(), 20)
+    assert service.count() == 1

@@ -1,0 +1,91 @@
+"""The directions of import that `engine/__init__.py` draws, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What each module of ours may import. Everything may import `settings`, `process`, `logs` and the package itself.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "settings": {"embedded"},
+    "process": set(),
+    "logs": set(),
+    "timestamps": set(),
+    "channels": set(),
+    "ring": set(),
+    "heartbeat": set(),
+    "gthread": set(),
+    "sealed": {"ring"},
+    "lanes": {"ring", "sealed"},
+    "rows": {"channels"},
+    "decode": {"channels", "rows", "timestamps"},
+    "limits": {"rows"},
+    "copy_format": {"rows"},
+    "problems": {"decode"},
+    "app": {"decode", "heartbeat", "lanes", "limits", "problems", "ring", "rows", "timestamps"},
+    "drain": {"copy_format", "rows"},
+    "migrate": set(),
+    "maintenance": {"migrate"},
+    "writer": {"drain", "heartbeat", "lanes", "migrate", "ring", "rows", "sealed", "timestamps"},
+    "installations": set(),
+    "embedded_home": {"installations"},
+    "embedded": {"embedded_home", "installations"},
+    "supervisor": {"heartbeat", "lanes"},
+    "demo": {"embedded", "heartbeat", "lanes"},
+    "__main__": {
+        "app", "demo", "embedded", "heartbeat", "installations", "lanes", "migrate", "supervisor", "writer",
+    },
+}  # fmt: skip
+ANYWHERE = {"settings", "process", "logs", "__init__"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the names of packages and modules that a file imports, also within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    modules = {module.stem for module in (REPOSITORY / "engine").glob("*.py")}
+    return {name.split(".")[1] for name in imported(path) if name.startswith("engine.")} & modules
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (REPOSITORY / "engine").glob("*.py")))
+def test_a_module_imports_only_what_lies_behind_it(module: str) -> None:
+    assert ours(REPOSITORY / "engine" / f"{module}.py") - ANYWHERE <= ALLOWED[module]
+
+
+def test_the_web_side_and_the_writer_do_not_know_each_other() -> None:
+    reachable: dict[str, set[str]] = {}
+
+    def reach(module: str) -> set[str]:
+        if module not in reachable:
+            reachable[module] = set()
+            for each in ALLOWED[module]:
+                reachable[module] |= {each} | reach(each)
+        return reachable[module]
+
+    assert not {"writer", "drain", "copy_format"} & reach("app")
+    assert not {"app", "decode", "limits"} & reach("writer")
+
+
+def test_the_simulator_knows_the_service_by_http_alone() -> None:
+    for path in (REPOSITORY / "simulator").glob("*.py"):
+        assert not any(name.split(".")[0] == "engine" for name in imported(path)), path
+
+
+def test_only_settings_reads_the_environment() -> None:
+    for path in (REPOSITORY / "engine").glob("*.py"):
+        if path.stem != "settings":
+            assert "os.environ" not in path.read_text(), path
+            assert "getenv" not in path.read_text(), path

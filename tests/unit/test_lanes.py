@@ -1,0 +1,121 @@
+"""The lane directory: who may take which end of which lane."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import lanes, ring, rows
+from engine.lanes import LaneDirError, claim_consumer, claim_producer, lane_files, retire
+from engine.sealed import SealedConsumer
+from tests.service import eventually
+
+LAYOUT = rows.layout()
+CAPACITY = ring.MIN_CAPACITY
+
+
+def test_two_producers_get_two_lanes_and_a_freed_one_is_taken_again(lane_dir: Path) -> None:
+    first, first_lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
+    second, second_lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
+    assert first.lane.path != second.lane.path
+    first.publish([b"kept____"], 1, 0)
+    first_lock.release()
+    again, again_lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
+    assert again.lane.path == first.lane.path
+    assert again.lane.queued_points == 1
+    assert len(lane_files(lane_dir)) == 2
+    again_lock.release()
+    second_lock.release()
+
+
+def test_a_lock_is_free_once_its_holder_was_killed(lane_dir: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import signal, sys; from pathlib import Path; from engine.lanes import claim_producer;"
+            f"claim = claim_producer(Path(sys.argv[1]), {CAPACITY}, {LAYOUT!r}); print(flush=True); signal.pause()",
+            str(lane_dir),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with holder.stdout:
+        path = lane_files(lane_dir)[0]
+        lock = lanes.Lock(path.with_suffix(".producer"))
+        assert not lock.acquire()
+        assert lock.holder() == str(holder.pid)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    eventually(lock.acquire, 5)
+    lock.release()
+
+
+def test_only_one_consumer(lane_dir: Path) -> None:
+    _, producer_lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
+    path = lane_files(lane_dir)[0]
+    claimed = claim_consumer(path)
+    assert claimed is not None
+    assert claim_consumer(path) is None
+    claimed[1].release()
+    assert claim_consumer(path) is not None
+    producer_lock.release()
+
+
+def test_a_lane_of_an_earlier_boot_is_sealed_and_archived(lane_dir: Path) -> None:
+    path = lane_dir / "lane-0000.ring"
+    ring.create(path, CAPACITY, LAYOUT, bytes(16))
+    ring.Producer(ring.Lane(path)).publish([b"old_____"], 1, 0)
+    producer, lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
+    assert producer.lane.path.name == "lane-0001.ring"
+    claimed = claim_consumer(path)
+    assert claimed is not None
+    consumer, _ = claimed
+    assert isinstance(consumer, SealedConsumer)
+    assert [bytes(record.payload) for record in consumer.read(0, 10, 1 << 30)] == [b"old_____"]
+    assert retire(consumer, LAYOUT)
+    assert not path.exists()
+    assert (lane_dir / "archive" / f"{consumer.lane.uuid}.ring").exists()
+    lock.release()
+
+
+def test_a_lane_of_another_layout_is_retired_once_it_is_empty(lane_dir: Path) -> None:
+    old = rows.layout(["battery_charge_percent"])
+    producer, lock = claim_producer(lane_dir, CAPACITY, old)
+    producer.publish([b"waiting_"], 1, 0)
+    claimed = claim_consumer(producer.lane.path)
+    assert claimed is not None
+    consumer, _ = claimed
+    assert not retire(consumer, LAYOUT), "its producer lives"
+    lock.release()
+    assert not retire(consumer, LAYOUT), "it is not empty"
+    consumer.free(consumer.end, 1)
+    assert not retire(consumer, old), "its layout is the current one"
+    assert retire(consumer, LAYOUT)
+
+
+def test_the_lane_directory_must_be_ours_alone(tmp_path: Path) -> None:
+    lanes.prepare(tmp_path / "new" / "lanes")
+    assert (tmp_path / "new" / "lanes").stat().st_mode & 0o777 == 0o700
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(LaneDirError, match="chmod 700"):
+        lanes.prepare(open_to_all)
+    (tmp_path / "file").touch()
+    with pytest.raises(LaneDirError, match=str(tmp_path / "file")):
+        lanes.prepare(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    with pytest.raises(LaneDirError, match="not a directory"):
+        lanes.prepare(tmp_path / "link")
+
+
+def test_a_lane_that_does_not_fit_names_the_variable(lane_dir: Path) -> None:
+    with pytest.raises(LaneDirError, match="ORBITSTREAM_LANE_BYTES"):
+        claim_producer(lane_dir, 1 << 50, LAYOUT)
