@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from engine import __version__, app, demo, heartbeat, lanes, logs, migrate, process, settings, supervisor
+from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, process, settings, supervisor
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
 from engine.settings import Settings
@@ -200,7 +200,7 @@ def _check_schema(url: str) -> int:
 
 
 def _status(config: Settings, options: argparse.Namespace) -> int:
-    report = app.health(config)
+    report = health.describe(config)
     report["lanes"] = [
         {
             "name": lane.path.name,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import falcon
 import orjson
 
-from engine import heartbeat, lanes, problems, rows, settings
+from engine import lanes, problems, rows, settings
 from engine.decode import DecodeError, Decoder
-from engine.heartbeat import State
+from engine.health import describe
 from engine.limits import Limits
 from engine.problems import Problem
 from engine.ring import LaneFullError, Producer, RecordTooLargeError
@@ -136,7 +136,7 @@ class HealthResource:
         self._config = config
 
     def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
-        report = health(self._config)
+        report = describe(self._config)
         response.status = falcon.HTTP_200 if report["status"] == "healthy" else falcon.HTTP_503
         response.data = orjson.dumps(report)
 
@@ -158,43 +158,6 @@ class ReadyResource:
         if not self._lane.has_room():
             raise Problem("not-ready", "the lane of this worker is full", headers={"Retry-After": "1"})
         response.data = b'{"status":"ready"}'
-
-
-def health(config: Settings) -> dict[str, Any]:
-    """Describe the service: the database as the writers see it, the queue, the writers themselves."""
-    beats = heartbeat.read_all(config.lane_dir)
-    alive = [beat for beat in beats if beat.alive]
-    connected = [beat for beat in alive if beat.state is State.CONNECTED]
-    points = used = capacity = 0
-    oldest_us = None
-    for lane in lanes.open_lanes(config.lane_dir):
-        points += lane.queued_points
-        used += lane.head - lane.tail
-        capacity += lane.capacity
-        waiting = lane.next_record(lane.tail) if lane.head > lane.tail else None
-        if waiting is not None:
-            oldest_us = min(oldest_us or waiting.time_us, waiting.time_us)
-            waiting.payload.release()
-        lane.close()
-    stopped = sum(beat.stopped_lanes for beat in alive)
-    report = {
-        "status": "healthy" if connected and not stopped else "degraded",
-        "database": "connected" if connected else "away" if alive else "unknown",
-        "edition": connected[0].edition if connected else "unknown",
-        "writers": {"alive": len(alive), "expected": config.writer_count},
-        "queue": {
-            "points": points,
-            "bytes": used,
-            "capacity_bytes": capacity,
-            "capacity_points": int(points * capacity / used) if used and points else None,
-            "oldest_s": round(max(0, now_us() - oldest_us) / 1e6, 3) if oldest_us else 0.0,
-        },
-        "stopped_lanes": stopped,
-        "committed_points": sum(beat.committed_points for beat in beats),
-    }
-    for beat in beats:
-        beat.close()
-    return report
 
 
 def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Response]:

@@ -21,18 +21,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import psycopg
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from engine import heartbeat, lanes, settings
 from engine.embedded import EmbeddedPostgres
 from engine.settings import Settings
+
+if TYPE_CHECKING:  # imported where it is used: 20 MB that a supervisor has no need of
+    import pyarrow as pa
 
 READY_S: Final = 30.0
 SHOWN_KEYS: Final = 10
@@ -65,6 +64,10 @@ def compare(sent_log: Path, connection: psycopg.Connection[Any]) -> Comparison:
     Accepted points must be stored exactly once, points of unknown outcome at most once, refused ones not at all, and
     nothing may be stored that was not sent.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     sent = pq.read_table(sent_log).select(["satellite_id", "time", "outcome"])
     sent = sent.set_column(0, "satellite_id", sent["satellite_id"].cast(pa.string()))
     sent = sent.set_column(1, "time", sent["time"].cast(pa.int64()))
@@ -95,11 +98,14 @@ def compare(sent_log: Path, connection: psycopg.Connection[Any]) -> Comparison:
 
 
 def _count(mask: Any) -> int:
-    return int(pc.sum(mask).as_py() or 0)
+    return int(mask.cast("int64").to_numpy().sum())
 
 
 def _stored(connection: psycopg.Connection[Any]) -> pa.Table:
     """Read the keys of all rows."""
+    import pyarrow as pa
+    import pyarrow.csv
+
     with tempfile.TemporaryFile() as spool:
         keys = "SELECT (extract(epoch FROM time) * 1000000)::bigint, satellite_id FROM telemetry"
         with connection.cursor().copy(f"COPY ({keys}) TO STDOUT (FORMAT CSV)") as copy:

@@ -1,58 +1,91 @@
-"""Fixtures: a real private database for the whole run, and the service as real processes."""
+"""Fixtures: real servers for the whole run, an empty database for each test, and the service as real processes.
+
+ORBITSTREAM_TEST_EDITIONS says which editions of the database to run on: `plain` unless told otherwise, or
+`plain,apache,timescale`. ORBITSTREAM_TEST_DATABASE_URL runs the tests on a server of yours instead: an account that may
+create databases and roles.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from engine.embedded import EmbeddedPostgres
+from engine import migrate
+from tests.servers import editions
 from tests.service import Service
 
-TEST_DATABASE_URL = os.environ.get("ORBITSTREAM_TEST_DATABASE_URL")
-"""A server of yours to run the tests on; each run makes databases of its own there and drops them."""
+GIVEN_URL = os.environ.get("ORBITSTREAM_TEST_DATABASE_URL")
+EDITIONS = os.environ.get("ORBITSTREAM_TEST_EDITIONS", "plain").split(",")
+SERVERS = ["given"] if GIVEN_URL else [edition for edition in EDITIONS if edition in ("plain", "apache")]
 
 _covered: set[str] = set()
 
 
+def pytest_configure() -> None:
+    unknown = set(EDITIONS) - set(editions.ALL)
+    if unknown:
+        raise pytest.UsageError(f"ORBITSTREAM_TEST_EDITIONS: {', '.join(unknown)} is none of {', '.join(editions.ALL)}")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _covered:
-        terminalreporter.write_line(f"database editions covered: {', '.join(sorted(_covered))}")
+    terminalreporter.section("database editions covered")
+    for line in sorted(_covered):
+        terminalreporter.write_line(line)
+    missing = sorted(set(editions.ALL) - set(EDITIONS))
+    if missing and not GIVEN_URL:
+        terminalreporter.write_line(f"not asked for: {', '.join(missing)} (ORBITSTREAM_TEST_EDITIONS)")
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """The URL of a server with a database that may be used to create others."""
-    if TEST_DATABASE_URL:
-        _covered.add(f"{TEST_DATABASE_URL.rpartition('@')[2]} (given)")
-        yield TEST_DATABASE_URL
-        return
-    home = Path(tempfile.mkdtemp(prefix="os-test-", dir="/tmp"))
-    home.chmod(0o755)
-    postgres = EmbeddedPostgres(home, die_with_parent=True)
-    postgres.start()
-    _covered.add(postgres.origin)
-    try:
-        yield postgres.dsn
-    finally:
-        postgres.stop()
-        shutil.rmtree(home)
+def _note(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        _covered.add(str(migrate.find_edition(connection)))
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a database on a server where others may be created."""
+    with ExitStack() as stack:
+        yield GIVEN_URL or stack.enter_context(getattr(editions, request.param)())
 
 
 @pytest.fixture
 def database(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of an empty database of this test's own."""
-    name = f"test_{os.getpid()}_{abs(hash(request.node.nodeid)) % 10**9}"
+    name = f"test_{os.getpid()}_{zlib.crc32(request.node.nodeid.encode())}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-        parts = psycopg.conninfo.conninfo_to_dict(server)
-        yield psycopg.conninfo.make_conninfo(**{**parts, "dbname": name})
+        url = psycopg.conninfo.make_conninfo(server, dbname=name)
+        yield url
+        _note(url)
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["given"] if GIVEN_URL else EDITIONS)
+def any_database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty database of each edition asked for; for migrations and queries, one connection at a time."""
+    if request.param == "timescale":
+        with editions.timescale() as url:
+            yield url
+            _note(url)
+    else:
+        with ExitStack() as stack:
+            server = GIVEN_URL or stack.enter_context(getattr(editions, request.param)())
+            name = f"test_{os.getpid()}_{zlib.crc32(request.node.nodeid.encode())}"
+            with psycopg.connect(server, autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {name}")
+            url = psycopg.conninfo.make_conninfo(server, dbname=name)
+            yield url
+            _note(url)
+            with psycopg.connect(server, autocommit=True) as connection:
+                connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from engine.embedded import EmbeddedPostgres
 from tests.service import POINT, Service, children, command_line, eventually, is_gone, kill
 
 
@@ -39,7 +43,7 @@ class Load(threading.Thread):
                 status, _, _ = self.service.post(
                     "/telemetry/batch", [{**POINT, "satellite_id": name} for name in names]
                 )
-            except OSError:
+            except (OSError, http.client.HTTPException, ValueError):  # cut off, perhaps within the answer
                 status = 0
             if status == 202:
                 self.accepted.update(names)
@@ -331,6 +335,36 @@ def refuse_connections(server: str, database: str, *, refuse: bool) -> None:
         connection.execute(f"ALTER DATABASE {database} WITH ALLOW_CONNECTIONS {str(not refuse).lower()}".encode())
         if refuse:
             connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
+
+
+@pytest.mark.crash
+def test_a_database_stopped_under_load_is_waited_for(lane_dir: Path) -> None:
+    home = Path(tempfile.mkdtemp(prefix="os-test-", dir="/tmp"))
+    home.chmod(0o755)
+    postgres = EmbeddedPostgres(home, die_with_parent=True)
+    postgres.start()
+    try:
+        with Service(postgres.dsn, lane_dir) as service:
+            service.start()
+            loads = loads_on(service)
+            postgres.stop()
+            marks = [len(load.accepted) for load in loads]
+            # 202s all along: nobody notices for as long as the lanes have room.
+            eventually(
+                lambda: all(len(load.accepted) > mark + 2000 for load, mark in zip(loads, marks, strict=True)), 60
+            )
+            assert not any(load.refused for load in loads)
+            assert service.get("/health")[0] == 503
+            postgres.start()
+            service.await_healthy()
+            for load in loads:
+                load.stop()
+                assert load.longest_gap < 2.0
+            assert service.stop() == 0
+            assert_exactly_once(service, loads)
+    finally:
+        postgres.stop()
+        shutil.rmtree(home)
 
 
 def test_the_service_starts_and_accepts_with_the_database_away(service: Service, server: str) -> None:

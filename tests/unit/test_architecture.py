@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "limits": {"rows"},
     "copy_format": {"rows"},
     "problems": {"decode"},
-    "app": {"decode", "heartbeat", "lanes", "limits", "problems", "ring", "rows", "timestamps"},
+    "health": {"heartbeat", "lanes", "timestamps"},
+    "app": {"decode", "health", "lanes", "limits", "problems", "ring", "rows", "timestamps"},
     "drain": {"copy_format", "rows"},
     "migrate": set(),
     "maintenance": {"migrate"},
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": {"heartbeat", "lanes"},
     "demo": {"embedded", "heartbeat", "lanes"},
     "__main__": {
-        "app", "demo", "embedded", "heartbeat", "installations", "lanes", "migrate", "supervisor", "writer",
+        "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "supervisor", "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "__init__"}

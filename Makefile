@@ -1,0 +1,32 @@
+# Everything happens in .venv; nothing but Python 3.11 (or later) and make is needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: help demo test lint serve migrate clean
+help:  ## show this help
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/embedded  ## run database, service and simulator for 10 s and prove that nothing was lost
+	$(BIN)/orbitstream demo
+
+test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (under 5 minutes)
+	$(BIN)/python -m pytest
+
+lint: .venv/dev  ## check style, types and formatting
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+serve: .venv/embedded  ## run the service on port 8080, with an embedded PostgreSQL unless DATABASE_URL is set
+	$(BIN)/orbitstream serve
+
+migrate: .venv/embedded  ## bring the database of DATABASE_URL to this version's schema
+	$(BIN)/orbitstream migrate
+
+clean:  ## remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+.venv/%: setup.cfg pyproject.toml
+	@echo "setting up .venv with $$($(PYTHON) --version) (about a minute, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[$*]' | grep -E --line-buffered '^(Collecting|Installing|Successfully)' || true
+	@$(BIN)/python -c 'import engine, simulator'
+	@touch $@

@@ -1,0 +1,67 @@
+"""The whole engine under the simulator's full load: nothing lost, and memory that stays where it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from engine.demo import compare
+from tests.service import Service, children, command_line
+
+
+def anonymous_kb(pid: int) -> int:
+    """Return the anonymous memory of a process: what is its own, without lanes and libraries."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1])
+    raise AssertionError("smaps_rollup has no Anonymous line")
+
+
+def processes(service: Service) -> dict[str, int]:
+    """Return our processes by a name: supervisor, workers, writer, maintenance."""
+    named = {"supervisor": service.pid, "arbiter": service.arbiter()}
+    named |= {f"worker {number}": pid for number, pid in enumerate(sorted(service.workers()))}
+    named |= {f"writer {number}": pid for number, pid in enumerate(service.writers())}
+    (named["maintenance"],) = (pid for pid in children(service.pid) if "engine.maintenance" in command_line(pid))
+    return named
+
+
+@pytest.mark.slow
+def test_full_load_loses_nothing_and_memory_is_flat_after_the_first_lap(service: Service, tmp_path: Path) -> None:
+    service.start(ORBITSTREAM_LANE_BYTES="8MiB", LOG_LEVEL="error")
+    sent_log = tmp_path / "sent.parquet"
+    simulator = subprocess.Popen(
+        [sys.executable, "-P", "-m", "simulator", "--api-url", f"http://127.0.0.1:{service.port}", "--rate", "0",
+         "--duration", "12", "--batch", "1000", "--quiet", "--json", "--sent-log", str(sent_log)],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    samples: list[tuple[float, dict[str, int]]] = []
+    pids = processes(service)
+    while simulator.poll() is None:
+        settled = [lane["settled_points"] for lane in json.loads(service.run("status", "--json").stdout)["lanes"]]
+        # 42 bytes a point with a nine-byte id: a lap of 8 MiB is 200,000 points.
+        if min(settled) > 400_000:
+            samples.append((time.monotonic(), {name: anonymous_kb(pid) for name, pid in pids.items()}))
+        time.sleep(0.5)
+    assert simulator.stdout is not None
+    report = json.loads(simulator.stdout.read())
+    simulator.stdout.close()
+    assert service.stop() == 0
+    with psycopg.connect(service.database, autocommit=True) as connection:
+        comparison = compare(sent_log, connection)
+    assert comparison.clean, comparison.first_keys
+    assert comparison.accepted == report["accepted"] > 200_000
+    assert len(samples) >= 4, "too slow to go round the lanes twice"
+    print(f"{comparison.committed} points; anonymous kB at {len(samples)} moments:")
+    for name in pids:
+        sizes = [sample[name] for _, sample in samples]
+        print(f"  {name:12} {sizes}")
+        half = len(sizes) // 2
+        assert max(sizes[half:]) <= max(sizes[:half]) * 1.05 + 1024, f"{name} grows: {sizes}"
+        assert max(sizes) < 150 * 1024, f"{name} is large: {sizes}"
