@@ -108,7 +108,7 @@ def _database(config: Settings) -> Iterator[tuple[Settings, EmbeddedPostgres | N
 def _serve(config: Settings, options: argparse.Namespace) -> int:
     if options.parent is not None:
         process.die_with_parent(options.parent)
-    lanes.prepare(config.lane_dir)
+    lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), supervisor.listen(config) as listener:
         host, port = listener.getsockname()[:2]
         if options.port_file is not None:
@@ -123,7 +123,7 @@ def _serve(config: Settings, options: argparse.Namespace) -> int:
 
 
 def _write(config: Settings, options: argparse.Namespace) -> int:
-    lanes.prepare(config.lane_dir)
+    lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, server):
         log.info("draining %s with %d writers", config.lane_dir, config.writer_count)
         service = supervisor.Supervisor(config, None, migrate=not options.no_migrate)
@@ -232,7 +232,7 @@ def _print_status(report: dict[str, Any], config: Settings) -> None:
 
 
 def _drain(config: Settings, options: argparse.Namespace) -> int:
-    lanes.prepare(config.lane_dir)
+    lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, _):
         url = config.database_url
         assert url is not None

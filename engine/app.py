@@ -8,12 +8,13 @@ from typing import Final, Protocol
 import falcon
 import orjson
 
-from engine import lanes, problems, rows, settings
+from engine import keys, lanes, problems, rows, settings
 from engine.decode import DecodeError, Decoder
 from engine.health import describe
 from engine.limits import Limits
 from engine.problems import Problem
-from engine.ring import LaneFullError, Producer, RecordTooLargeError
+from engine.producer import Producer
+from engine.ring import LaneFailedError, LaneFullError, RecordTooLargeError
 from engine.rows import Columns
 from engine.settings import Settings
 from engine.timestamps import now_us
@@ -21,6 +22,7 @@ from engine.timestamps import now_us
 JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
 READ_STEP: Final = 1 << 20
+DURABILITY: Final = "OrbitStream-Durability"
 
 
 class Input(Protocol):
@@ -63,6 +65,16 @@ def media_type(request: falcon.Request, *known: str) -> str:
     return given
 
 
+def idempotency_key(request: falcon.Request, body: bytes) -> bytes:
+    """Return what the record carries of the Idempotency-Key, empty without one; raises Problem for a bad one."""
+    key = request.get_header("Idempotency-Key")
+    if key is None:
+        return b""
+    if not (0 < len(key) <= keys.MAX_KEY_BYTES and key.isascii() and key.isprintable()):
+        raise Problem("bad-request", f"Idempotency-Key must be 1 to {keys.MAX_KEY_BYTES} printable ASCII characters")
+    return keys.record_key("", key, body)
+
+
 class Lane:
     """The lane of this worker as its resources see it: points go in, or one Problem comes out."""
 
@@ -75,41 +87,52 @@ class Lane:
         lane = self._producer.lane
         return lane.capacity - (lane.head - lane.tail) >= self._producer.largest_record
 
-    def publish(self, payload: list[bytes], points: int, time_us: int) -> None:
+    def retry_after(self) -> dict[str, str]:
+        """Return the header that says when a refused request will find room, at the current drain rate."""
+        return {"Retry-After": str(self._producer.retry_after())}
+
+    def publish(self, payload: list[bytes], points: int, time_us: int, key: bytes) -> None:
         """Commit one request as one record. Any other exception than Problem leaves its outcome unknown."""
         try:
-            self._producer.publish(payload, points, time_us)
+            self._producer.publish(payload, points, time_us, key)
         except LaneFullError as error:
-            raise Problem("lane-full", str(error), headers={"Retry-After": "1"}) from error
+            raise Problem("lane-full", str(error), headers=self.retry_after()) from error
+        except LaneFailedError as error:
+            raise Problem("lane-failed", str(error)) from error
         except RecordTooLargeError as error:
             raise Problem("too-large", str(error)) from error
+        self._producer.answered(points)
 
 
 class TelemetryResource:
     """POST /telemetry: one point, a JSON object."""
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, max_body_bytes: int) -> None:
-        self._lane, self._decoder, self._limits, self._max_body_bytes = lane, decoder, limits, max_body_bytes
+    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings) -> None:
+        self._lane, self._decoder, self._limits = lane, decoder, limits
+        self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         media_type(request, JSON)
         body = read_body(request, self._max_body_bytes)
+        key = idempotency_key(request, body)
         received = now_us()
         try:
             point = self._decoder.point(body, received)
         except DecodeError as error:
             raise Problem.of(error) from error
         payload = rows.pack_point(point.time_us, point.satellite_id, point.values, self._limits.flag(point.values))
-        self._lane.publish(payload, 1, received)
+        self._lane.publish(payload, 1, received, key)
         response.status = falcon.HTTP_202
+        response.set_header(DURABILITY, self._durability)
         response.data = b'{"status":"accepted","satellite_id":%b}' % orjson.dumps(point.satellite_id.decode())
 
 
 class BatchResource:
     """POST /telemetry/batch: many points, a JSON array or one JSON object a line."""
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, max_body_bytes: int) -> None:
-        self._lane, self._limits, self._max_body_bytes = lane, limits, max_body_bytes
+    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings) -> None:
+        self._lane, self._limits = lane, limits
+        self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
         self._decoders: dict[str, Callable[[bytes, int], Columns]] = {
             JSON: decoder.json_batch,
             NDJSON: decoder.ndjson_batch,
@@ -118,14 +141,16 @@ class BatchResource:
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
         decode = self._decoders[media_type(request, *self._decoders)]
         body = read_body(request, self._max_body_bytes)
+        key = idempotency_key(request, body)
         received = now_us()
         try:
             columns = decode(body, received)
         except DecodeError as error:
             raise Problem.of(error) from error
         columns.is_anomaly = self._limits.flags(columns)
-        self._lane.publish(rows.pack(columns), len(columns), received)
+        self._lane.publish(rows.pack(columns), len(columns), received, key)
         response.status = falcon.HTTP_202
+        response.set_header(DURABILITY, self._durability)
         response.data = b'{"status":"accepted","count":%d}' % len(columns)
 
 
@@ -156,7 +181,7 @@ class ReadyResource:
 
     def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
         if not self._lane.has_room():
-            raise Problem("not-ready", "the lane of this worker is full", headers={"Retry-After": "1"})
+            raise Problem("not-ready", "the lane of this worker is full", headers=self._lane.retry_after())
         response.data = b'{"status":"ready"}'
 
 
@@ -173,8 +198,8 @@ def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Res
         signal_below=config.anomaly_signal,
     )
     app = falcon.App(media_type=JSON)
-    app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config.max_body_bytes))
-    app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config.max_body_bytes))
+    app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config))
+    app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config))
     app.add_route("/health", HealthResource(config))
     app.add_route("/health/live", LiveResource())
     app.add_route("/health/ready", ReadyResource(lane))
@@ -187,5 +212,8 @@ def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Res
 def create_app() -> falcon.App[falcon.Request, falcon.Response]:
     """Return the WSGI app of one worker process; takes a lane, so call it after the fork."""
     config = settings.load()
-    lanes.prepare(config.lane_dir)
-    return build(config, Lane(*lanes.claim_producer(config.lane_dir, config.lane_bytes, rows.layout())))
+    lanes.prepare(config.lane_dir, config.durability)
+    durable = config.durability == "disk"
+    return build(
+        config, Lane(*lanes.claim_producer(config.lane_dir, config.lane_bytes, rows.layout(), durable=durable))
+    )

@@ -15,20 +15,35 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 from uuid import UUID
 
+import numpy as np
 import psycopg
 from psycopg import sql
 
-from engine import copy_format, rows
+from engine import copy_format, dead_letters, keys, rows
+from engine.dead_letters import Cause
+from engine.failpoints import ARMED, hit
 from engine.rows import Columns, Times
+from engine.timestamps import now_us
 
 MAX_TRANSACTION_POINTS: Final = 100_000
 """Beyond this a transaction gains no speed (sorted COPY: 141k rows/s at 10k rows, 197k at 100k), and costs latency."""
 MAX_TRANSACTION_BYTES: Final = 64 << 20
+CAREFUL_POINTS: Final = 1000
+"""Points of a transaction in which a refused point is looked for: each one takes a COPY for every halving."""
 COPY_CHUNK: Final = 256 << 10
+
+_KEY_WORDS: Final = {
+    dead_letters.KEY_REUSED: "the idempotency key was used before with another body",
+    dead_letters.KEY_EXPIRED: "the record waited so long that its idempotency key may have been forgotten",
+}
 
 
 class LaneStoppedError(Exception):
     """A lane that must not be drained until somebody has looked at it; nothing of it is dropped."""
+
+
+class PointRefusedError(Exception):
+    """The database refuses a point of the transaction (SQLSTATE 22 or 23); nothing of it is stored: drain carefully."""
 
 
 class SourceRecord(Protocol):
@@ -40,6 +55,8 @@ class SourceRecord(Protocol):
     def points(self) -> int: ...
     @property
     def time_us(self) -> int: ...
+    @property
+    def key(self) -> bytes: ...
     @property
     def payload(self) -> memoryview: ...
 
@@ -54,7 +71,7 @@ class Lane(Protocol):
     @property
     def tail(self) -> int: ...
     @property
-    def bound(self) -> int: ...
+    def resumed(self) -> bool: ...
     @property
     def database(self) -> UUID | None: ...
 
@@ -64,27 +81,36 @@ class Source(Protocol):
 
     @property
     def lane(self) -> Lane: ...
-    @property
-    def end(self) -> int: ...
     def read(self, position: int, max_points: int, max_bytes: int) -> Sequence[SourceRecord]: ...
     def free(self, position: int, settled_points: int) -> None: ...
-    def set_bound(self, points: int) -> None: ...
     def set_database(self, database: UUID) -> None: ...
+
+
+class Progress(NamedTuple):
+    """The ledger row of a lane; the counters are points since its first drain."""
+
+    position: int
+    committed: int
+    deduplicated: int
+    dead_lettered: int
+
+    @property
+    def settled(self) -> int:
+        return self.committed + self.deduplicated + self.dead_lettered
 
 
 @dataclass(slots=True)
 class Flush:
-    """What one transaction stored: columns sorted as stored, and the reception time of each point (us since 1970)."""
+    """What one transaction settled; `columns` (None: no row) are sorted as stored, `received` in us since 1970."""
 
-    columns: Columns
+    columns: Columns | None
     received: Times
+    deduplicated: int = 0
+    dead_lettered: int = 0
 
-
-class Progress(NamedTuple):
-    """The ledger row of a lane."""
-
-    position: int
-    committed_points: int
+    @property
+    def committed(self) -> int:
+        return 0 if self.columns is None else len(self.columns)
 
 
 def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> None:
@@ -105,76 +131,189 @@ def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> No
         connection.execute(
             "INSERT INTO ingest_progress (lane, node) VALUES (%s, %s) ON CONFLICT DO NOTHING", [lane.uuid, node]
         )
-    found = connection.execute("SELECT position FROM ingest_progress WHERE lane = %s", [lane.uuid]).fetchone()
-    _compare(lane, found[0] if found else None)
+    compare(lane, connection)
     if lane.database is None:
         source.set_database(row[0])
 
 
+def compare(lane: Lane, connection: psycopg.Connection[Any]) -> None:
+    """Raise LaneStoppedError if the ledger is behind what was drained of the lane once."""
+    found = connection.execute("SELECT position FROM ingest_progress WHERE lane = %s", [lane.uuid]).fetchone()
+    _compare(lane, found[0] if found else None)
+
+
 def _compare(lane: Lane, position: int | None) -> None:
-    if position is None or position < lane.tail:
+    if position is None or (position < lane.tail and not lane.resumed):
         at = "has no row for it" if position is None else f"is at {position}"
         raise LaneStoppedError(
-            f"the database went back in time: its ledger {at}, the lane was drained up to {lane.tail}; "
-            "was an older backup restored?"
+            f"the database went back in time: its ledger {at}, the lane was drained up to {lane.tail}. Was an older "
+            f"backup restored? `orbitstream lanes resume {lane.uuid}` goes on from here"
         )
 
 
 def drain(
-    connection: psycopg.Connection[Any], source: Source, max_points: int, beat: Callable[[], None]
+    connection: psycopg.Connection[Any],
+    source: Source,
+    max_points: int,
+    beat: Callable[[], None],
+    *,
+    careful: bool = False,
 ) -> Flush | None:
-    """Store the lane's next records, up to `max_points`, and free them; None if there were none.
+    """Settle the lane's next records, up to `max_points`, and free them; None if there were none.
 
-    `connection` is in autocommit and outside a transaction. Raises LaneStoppedError (nothing stored), or whatever
-    psycopg raises: then close the connection and begin again, the ledger knows what became of the attempt.
+    `connection` is in autocommit and outside a transaction. Raises PointRefusedError (nothing stored: come back with
+    `careful`, which sets refused points aside), LaneStoppedError (nothing stored), or whatever else psycopg raises:
+    then close the connection and begin again, the ledger knows what became of the attempt.
     """
     lane = source.lane
     cursor = connection.cursor()
     cursor.execute("BEGIN")
     found = cursor.execute(
-        "SELECT position, committed_points FROM ingest_progress WHERE lane = %s FOR UPDATE", [lane.uuid]
+        "SELECT position, committed_points, deduplicated_points, dead_lettered_points FROM ingest_progress"
+        " WHERE lane = %s FOR UPDATE",
+        [lane.uuid],
     ).fetchone()
     _compare(lane, found[0] if found else None)
-    progress = Progress(*(found or (0, 0)))
+    assert found is not None
+    progress = Progress(*found)
     if progress.position > lane.tail:  # an earlier writer died between COMMIT and its store of the tail
-        source.free(progress.position, progress.committed_points)
-    records = source.read(progress.position, max_points, MAX_TRANSACTION_BYTES)
+        source.free(progress.position, progress.settled)
+    records = source.read(
+        progress.position, min(max_points, CAREFUL_POINTS) if careful else max_points, MAX_TRANSACTION_BYTES
+    )
     if not records:
         cursor.execute("ROLLBACK")
         return None
-    columns, received = rows.unpack(
-        lane.layout, [(record.points, record.time_us, record.payload) for record in records]
-    )
     end = records[-1].end
-    for record in records:
-        record.payload.release()
-    order = copy_format.order(columns)
-    columns, received = copy_format.take(columns, order), received[order]
-    beat()
-    _copy(cursor, columns, received, beat)
-    beat()
+    flush = _Transaction(cursor, lane, beat).settle(records, careful=careful)
+    after = Progress(
+        end,
+        progress.committed + flush.committed,
+        progress.deduplicated + flush.deduplicated,
+        progress.dead_lettered + flush.dead_lettered,
+    )
     cursor.execute(
-        "UPDATE ingest_progress SET position = %s, committed_points = committed_points + %s, flushes = flushes + 1,"
-        " updated_at = now() WHERE lane = %s AND position = %s",
-        [end, len(columns), lane.uuid, progress.position],
+        "UPDATE ingest_progress SET position = %s, committed_points = %s, deduplicated_points = %s,"
+        " dead_lettered_points = %s, flushes = flushes + 1, updated_at = now() WHERE lane = %s AND position = %s",
+        [*after, lane.uuid, progress.position],
     )
     if cursor.rowcount != 1:
         raise LaneStoppedError(f"its ledger row moved from {progress.position} while it was locked")
+    if ARMED:
+        hit("drain-before-commit")
     cursor.execute("COMMIT")
     if cursor.statusmessage != "COMMIT":
         raise psycopg.OperationalError(f"COMMIT was answered with {cursor.statusmessage}")
-    source.free(end, progress.committed_points + len(columns))
-    return Flush(columns, received)
+    if ARMED:
+        hit("drain-after-commit")
+    source.free(end, after.settled)
+    return flush
 
 
-def _copy(cursor: psycopg.Cursor[Any], columns: Columns, received: Times, beat: Callable[[], None]) -> None:
-    statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(
-        sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
-    )
-    body = memoryview(copy_format.encode(columns, received))
-    with cursor.copy(statement) as copy:
-        for start in range(0, len(body), COPY_CHUNK):
-            copy.write(body[start : start + COPY_CHUNK])
-            beat()
-    if cursor.rowcount != len(columns):
-        raise LaneStoppedError(f"COPY took {cursor.rowcount} of {len(columns)} rows: is there a trigger on telemetry?")
+class _Transaction:
+    """What happens between reading records and moving the ledger: keys, COPY, dead letters."""
+
+    def __init__(self, cursor: psycopg.Cursor[Any], lane: Lane, beat: Callable[[], None]) -> None:
+        self.cursor, self.lane, self.beat = cursor, lane, beat
+        self.dead_lettered = 0
+
+    def settle(self, records: Sequence[SourceRecord], *, careful: bool) -> Flush:
+        """Store what is to be stored of `records`, and set aside what cannot be; releases their payloads."""
+        verdicts = keys.settle(self.cursor, self.lane.uuid, records, now_us())
+        fresh = [record for record, verdict in zip(records, verdicts, strict=True) if verdict == keys.FRESH]
+        deduplicated = 0
+        for record, verdict in zip(records, verdicts, strict=True):
+            if verdict == keys.DUPLICATE:
+                deduplicated += record.points
+            elif verdict != keys.FRESH:
+                self._set_aside(record, Cause(verdict, None, _KEY_WORDS[verdict]))
+        parts = self._store_carefully(fresh) if careful else [self._columns(fresh)] if fresh else []
+        for record in records:
+            record.payload.release()
+        received: Times = np.concatenate([times for _, times in parts]) if parts else np.empty(0, np.int64)
+        columns = rows.concatenate([part for part, _ in parts]) if parts else None
+        if columns is not None and not careful:
+            order = copy_format.order(columns)
+            columns, received = copy_format.take(columns, order), received[order]
+            self._copy_or_refuse(columns, received)
+        return Flush(columns, received, deduplicated, self.dead_lettered)
+
+    def _columns(self, records: Sequence[SourceRecord]) -> tuple[Columns, Times]:
+        return rows.unpack(self.lane.layout, [(record.points, record.time_us, record.payload) for record in records])
+
+    def _copy_or_refuse(self, columns: Columns, received: Times) -> None:
+        try:
+            self._copy(columns, received)
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            raise PointRefusedError(str(error)) from error
+
+    def _copy(self, columns: Columns, received: Times) -> None:
+        self.beat()
+        statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(
+            sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
+        )
+        body = memoryview(copy_format.encode(columns, received))
+        with self.cursor.copy(statement) as copy:
+            for start in range(0, len(body), COPY_CHUNK):
+                copy.write(body[start : start + COPY_CHUNK])
+                self.beat()
+                if ARMED:
+                    hit("drain-within-copy")
+        self.beat()
+        if self.cursor.rowcount != len(columns):
+            raise LaneStoppedError(
+                f"COPY took {self.cursor.rowcount} of {len(columns)} rows: is a trigger on telemetry?"
+            )
+
+    def _store_carefully(self, records: Sequence[SourceRecord]) -> list[tuple[Columns, Times]]:
+        """COPY records under savepoints, halving what is refused down to the point, and set that point aside."""
+        stored = []
+        for record in records:
+            columns, received = self._columns([record])
+            stored += self._halve(record, columns, received)
+        return stored
+
+    def _halve(self, record: SourceRecord, columns: Columns, received: Times) -> list[tuple[Columns, Times]]:
+        self.cursor.execute("SAVEPOINT careful")
+        try:
+            self._copy(columns, received)
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            self.cursor.execute("ROLLBACK TO SAVEPOINT careful")
+            if len(columns) == 1:
+                cause = Cause(dead_letters.REFUSED, error.sqlstate, " ".join(str(error).split())[:500])
+                self._insert(record, cause, columns, received)
+                return []
+            half = len(columns) // 2
+            both = np.arange(half), np.arange(half, len(columns))
+            return [
+                stored
+                for part in both
+                for stored in self._halve(record, copy_format.take(columns, part), received[part])
+            ]
+        self.cursor.execute("RELEASE SAVEPOINT careful")
+        return [(columns, received)]
+
+    def _set_aside(self, record: SourceRecord, cause: Cause) -> None:
+        columns, received = self._columns([record])
+        self._insert(record, cause, columns, received)
+
+    def _insert(self, record: SourceRecord, cause: Cause, columns: Columns, received: Times) -> None:
+        points = [dead_letters.point_json(columns, index, int(received[index])) for index in range(len(columns))]
+        dead_letters.insert(self.cursor, self.lane.uuid, record.end, cause, points)
+        self.dead_lettered += len(columns)
+
+
+def end_blocking_backend(connection: psycopg.Connection[Any], lane: UUID) -> int:
+    """Terminate a writer's backend that still holds the lane's ledger row, as of a half-open connection.
+
+    Its transaction id stands in the row (xmax), and pg_locks says whose it is. Only backends of writers are ended: the
+    caller owns the lane, so none of them is at work. Returns how many.
+    """
+    found = connection.execute(
+        "SELECT pg_terminate_backend(held.pid) FROM ingest_progress JOIN pg_locks held"
+        " ON held.locktype = 'transactionid' AND held.transactionid = ingest_progress.xmax AND held.granted"
+        " JOIN pg_stat_activity USING (pid)"
+        " WHERE lane = %s AND application_name LIKE 'orbitstream-writer-%%' AND pid <> pg_backend_pid()",
+        [lane],
+    ).fetchall()
+    return len(found)

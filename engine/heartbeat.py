@@ -5,7 +5,7 @@
        0  process id           4  committed points      8  last commit, us since 1970
        1  beat (ns)            5  flushes               9  server edition (see EDITIONS)
        2  state                6  failures
-       3  in state since (ns)  7  stopped lanes
+       3  in state since (ns)  7  stopped lanes       10  dead-lettered points
       64  latency histogram: points by the time from arrival to commit, LATENCY_BINS words
 
 Times marked ns are CLOCK_MONOTONIC, which all processes of one machine share. The web side reads this for /health
@@ -31,7 +31,7 @@ STALE_S: Final = 8.0
 LATENCY_BINS: Final = 256
 EDITIONS: Final = ("unknown", "plain", "apache", "timescale")
 
-_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION = range(10)
+_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD = range(11)
 _LATENCY: Final = 64
 # Bin i counts latencies up to 10 us * 1.07**i: 7 % wide, from 10 us to 5 minutes.
 _EDGES: Final = 10.0 * 1.07 ** np.arange(LATENCY_BINS)
@@ -87,6 +87,9 @@ class Heartbeat:
     def failed(self) -> None:
         self._words[_FAILURES] += 1
 
+    def dead_lettered(self, points: int) -> None:
+        self._words[_DEAD] += points
+
     def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64]) -> None:
         """Count one commit; `latencies_us` holds for each point the time from arrival to commit."""
         words = self._words
@@ -132,6 +135,10 @@ class Heartbeat:
     @property
     def stopped_lanes(self) -> int:
         return self._words[_STOPPED]
+
+    @property
+    def dead_lettered_points(self) -> int:
+        return self._words[_DEAD]
 
     @property
     def edition(self) -> str:

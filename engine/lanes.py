@@ -17,14 +17,17 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from engine.ring import Consumer, Lane, LaneError, Producer, boot_id, create
-from engine.sealed import SealedConsumer
+from engine.consumer import Consumer, SealedConsumer
+from engine.producer import Producer
+from engine.ring import Lane, LaneError, boot_id, create
 
 MAX_LANES: Final = 1000
+ARCHIVE: Final = "archive"
 _NAME = re.compile(r"lane-\d{4}\.ring")
 
 
@@ -65,8 +68,11 @@ class Lock:
             self._fd = -1
 
 
-def prepare(folder: Path) -> None:
-    """Make the lane directory, 0700, or check that the one that is there is ours alone; raises LaneDirError."""
+def prepare(folder: Path, durability: str = "process") -> None:
+    """Make the lane directory, 0700, or check that the one that is there is ours alone; raises LaneDirError.
+
+    A durability of `os` or `disk` is refused on a file system that lives in memory.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
@@ -84,6 +90,22 @@ def prepare(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise LaneDirError(f"the lane directory {folder} cannot be written: {error.strerror}") from error
+    if durability != "process" and _file_system(folder) in ("tmpfs", "ramfs"):
+        raise LaneDirError(
+            f"ORBITSTREAM_DURABILITY={durability} cannot be kept in {folder}, which is memory: "
+            "set ORBITSTREAM_LANE_DIR to a folder on a disk"
+        )
+
+
+def _file_system(folder: Path) -> str:
+    """Return the type of the file system that `folder` lies on (proc(5), mountinfo)."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            return after.split()[0]
+    return "unknown"
 
 
 def lane_files(folder: Path) -> list[Path]:
@@ -103,11 +125,12 @@ def open_lanes(folder: Path) -> Iterator[Lane]:
             continue
 
 
-def claim_producer(folder: Path, capacity: int, layout: bytes) -> tuple[Producer, Lock]:
+def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool = False) -> tuple[Producer, Lock]:
     """Take the first lane whose producer lock is free and which this process may append to, or make a new one.
 
-    Only a lane of this boot, this row layout and this capacity is adopted; others are left to the writers. Raises
-    LaneDirError when the file system has no room for a new lane.
+    Only a lane of this boot, this row layout and this capacity is adopted; others are left to the writers. With
+    `durable` (fdatasync before each 202) its head must be on the disk as well: else what was published last may have
+    been refused by the disk, and the lane is closed. Raises LaneDirError when there is no room for a new lane.
     """
     boot = boot_id()
     for number in range(MAX_LANES):
@@ -117,12 +140,22 @@ def claim_producer(folder: Path, capacity: int, layout: bytes) -> tuple[Producer
             continue
         if not path.exists():
             _create(path, capacity, layout, boot)
-        lane = Lane(path)
-        if lane.boot == boot and lane.layout == layout and lane.capacity == capacity - capacity % 4096:
-            return Producer(lane), lock
-        lane.close()
+        producer = _adopt(Lane(path), boot, layout, capacity, durable=durable)
+        if producer is not None:
+            return producer, lock
         lock.release()
     raise LaneDirError(f"{folder} holds {MAX_LANES} lanes already: run `orbitstream drain`")
+
+
+def _adopt(lane: Lane, boot: bytes, layout: bytes, capacity: int, *, durable: bool) -> Producer | None:
+    """Return the producer of a lane that may be appended to; the caller holds its producer lock."""
+    producer = Producer(lane, durable=durable)
+    if lane.boot == boot and not lane.closed and lane.layout == layout and lane.capacity == capacity - capacity % 4096:
+        if not durable or lane.synced == lane.head:
+            return producer
+        producer.close()
+    lane.close()
+    return None
 
 
 def _create(path: Path, capacity: int, layout: bytes, boot: bytes) -> None:
@@ -156,21 +189,55 @@ def claim_consumer(path: Path) -> tuple[Consumer, Lock] | None:
 def retire(consumer: Consumer, layout: bytes) -> bool:
     """Archive a drained lane that no producer will adopt again; tell whether it is gone from the directory.
 
-    The caller holds the consumer lock. That is a lane of an earlier boot, or of another row layout; its producer lock
-    is taken for the move, so that nobody appends to it meanwhile.
+    The caller holds the consumer lock. That is a lane of an earlier boot, of another row layout, or closed; its
+    producer lock is taken for the move, so that nobody appends to it meanwhile.
     """
     lane = consumer.lane
-    if not isinstance(consumer, SealedConsumer) and lane.layout == layout:
+    sealed = isinstance(consumer, SealedConsumer)
+    if not sealed and lane.layout == layout and not lane.closed:
         return False
     lock = Lock(lane.path.with_suffix(".producer"))
     if not lock.acquire():
         return False
     try:
-        if not isinstance(consumer, SealedConsumer) and lane.head != lane.tail:
+        if not sealed and lane.head != lane.tail:
             return False
-        archive = lane.path.parent / "archive"
+        archive = lane.path.parent / ARCHIVE
         archive.mkdir(mode=0o700, exist_ok=True)
-        os.replace(lane.path, archive / f"{lane.uuid}.ring")
+        archived = archive / f"{lane.uuid}.ring"
+        os.replace(lane.path, archived)
+        os.utime(archived)  # from now on counts how long it is kept
         return True
     finally:
         lock.release()
+
+
+def archived(folder: Path) -> list[Path]:
+    """Return the ring files of drained lanes that are kept for a restore of the database."""
+    return sorted((folder / ARCHIVE).glob("*.ring"))
+
+
+def forget_archived(folder: Path, keep_s: float) -> list[Path]:
+    """Remove archived lanes older than `keep_s`, and return which."""
+    old = [path for path in archived(folder) if time.time() - path.stat().st_mtime > keep_s]
+    for path in old:
+        path.unlink()
+    return old
+
+
+def bring_back(path: Path) -> Path:
+    """Put an archived lane among those to be drained again, under the first free name; returns its new path."""
+    folder = path.parent.parent
+    for number in range(MAX_LANES):
+        target = folder / f"lane-{number:04d}.ring"
+        lock = Lock(target.with_suffix(".producer"))
+        if not lock.acquire():
+            continue
+        try:
+            if not target.exists():
+                os.link(path, target)
+                path.unlink()
+                return target
+        finally:
+            lock.release()
+    raise LaneDirError(f"{folder} holds {MAX_LANES} lanes already: run `orbitstream drain`")

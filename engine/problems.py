@@ -22,6 +22,7 @@ _TITLES: Final = {
     "too-many-points": (falcon.HTTP_413, "Too many points"),
     "unsupported-media-type": (falcon.HTTP_415, "Unsupported media type"),
     "invalid-point": (falcon.HTTP_422, "Invalid point"),
+    "lane-failed": (falcon.HTTP_503, "Lane stopped"),
     "lane-full": (falcon.HTTP_503, "Lane full"),
     "not-ready": (falcon.HTTP_503, "Not ready"),
 }

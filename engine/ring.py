@@ -10,9 +10,12 @@ The file is one header page and then `capacity` bytes of records (offsets in byt
      136  counters A: position, points, records u64
      160  counters B: position, points, records u64
      184  synced u64                                           head that the last successful fdatasync covered
+     192  closed u64                                           not 0: nobody appends to it any more
+     200  answered u64                                         points in answers 202 that were handed to the edge
      256  tail u64                                             the consumer's cache line
      264  settled points u64                                   points behind `tail`, as the ledger counts them
      272  bound u64                                            points the next transaction may hold, 0 = no limit known
+     280  resumed u64                                          not 0: an operator let it drain again from the ledger
      320  database uuid 16s                                    zero until the first drain
      512  layout                                               text that says how payloads are to be read
     4096  records
@@ -42,11 +45,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import threading
 import time
 import uuid
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -63,9 +64,9 @@ PAD: Final = 1
 _STATIC = struct.Struct("<8sII16s16sQQ")
 _STATIC_TAIL = struct.Struct("<II")
 # Indices of 8-byte words in the header page.
-_HEAD, _COUNTERS_A, _COUNTERS_B, _SYNCED = 16, 17, 20, 23
-_TAIL, _SETTLED, _BOUND = 32, 33, 34
-_DATABASE = 320
+HEAD, COUNTERS_A, COUNTERS_B, SYNCED, CLOSED, ANSWERED = 16, 17, 20, 23, 24, 25
+TAIL, SETTLED, BOUND, RESUMED = 32, 33, 34, 35
+DATABASE = 320
 
 
 class LaneError(Exception):
@@ -78,6 +79,10 @@ class LaneFullError(LaneError):
 
 class RecordTooLargeError(LaneError):
     """The record is larger than a quarter of the lane; nothing was written."""
+
+
+class LaneFailedError(LaneError):
+    """The lane is fail-stopped: an fdatasync failed, and what the disk holds is not known; nothing was written."""
 
 
 class LaneCorruptError(LaneError):
@@ -107,7 +112,7 @@ def boot_id() -> bytes:
     return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
     return (length + 7) & ~7
 
 
@@ -151,26 +156,26 @@ class Lane:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._map = mmap.mmap(fd, 0)
+            self.map = mmap.mmap(self.fd, 0)
         except ValueError as error:
+            os.close(self.fd)
             raise LaneError(f"{path} is empty, not a lane: remove it") from error
-        finally:
-            os.close(fd)
         try:
             self._read_header()
         except LaneError:
-            self._map.close()
+            self.map.close()
+            os.close(self.fd)
             raise
-        view = memoryview(self._map)
-        self._header = view[:HEADER_BYTES]
-        self._words = self._header.cast("Q")
+        view = memoryview(self.map)
+        self.header = view[:HEADER_BYTES]
+        self.words = self.header.cast("Q")
         self.data = view[HEADER_BYTES : HEADER_BYTES + self.capacity]
-        self._seed = zlib.crc32(self.uuid.bytes)
+        self.seed = zlib.crc32(self.uuid.bytes)
 
     def _read_header(self) -> None:
-        raw = self._map[:HEADER_BYTES]
+        raw = self.map[:HEADER_BYTES]
         if len(raw) < HEADER_BYTES or raw[:8] != MAGIC:
             raise LaneError(f"{self.path} is not a lane: move it out of the lane directory")
         _, version, header_bytes, lane_uuid, boot, capacity, created = _STATIC.unpack_from(raw)
@@ -180,7 +185,7 @@ class Lane:
                 f"{self.path} has lane format {version}, this version reads {VERSION}: use the other version"
             )
         layout = raw[LAYOUT_OFFSET : LAYOUT_OFFSET + layout_bytes]
-        if zlib.crc32(layout, zlib.crc32(raw[: _STATIC.size + 4])) != crc or len(self._map) < HEADER_BYTES + capacity:
+        if zlib.crc32(layout, zlib.crc32(raw[: _STATIC.size + 4])) != crc or len(self.map) < HEADER_BYTES + capacity:
             raise LaneError(f"{self.path} has a damaged header: keep the file and see the log of the crash")
         self.uuid = uuid.UUID(bytes=lane_uuid)
         self.boot: bytes = boot
@@ -191,30 +196,49 @@ class Lane:
     def close(self) -> None:
         """Release the mapping; every payload view of it must have been released before."""
         self.data.release()
-        self._words.release()
-        self._header.release()
-        self._map.close()
+        self.words.release()
+        self.header.release()
+        self.map.close()
+        os.close(self.fd)
 
     @property
     def head(self) -> int:
-        return self._words[_HEAD]
+        return self.words[HEAD]
 
     @property
     def tail(self) -> int:
-        return self._words[_TAIL]
+        return self.words[TAIL]
 
     @property
     def settled_points(self) -> int:
-        return self._words[_SETTLED]
+        return self.words[SETTLED]
 
     @property
     def bound(self) -> int:
-        return self._words[_BOUND]
+        return self.words[BOUND]
+
+    @property
+    def synced(self) -> int:
+        return self.words[SYNCED]
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody appends to it any more, although it may be of this boot."""
+        return self.words[CLOSED] != 0
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an operator said that it may drain again from where the ledger is."""
+        return self.words[RESUMED] != 0
+
+    @property
+    def answered_points(self) -> int:
+        return self.words[ANSWERED]
 
     @property
     def database(self) -> uuid.UUID | None:
         """The database this lane drains into; None before its first drain."""
-        raw = bytes(self._header[_DATABASE : _DATABASE + 16])
+        raw = bytes(self.header[DATABASE : DATABASE + 16])
         return uuid.UUID(bytes=raw) if any(raw) else None
 
     @property
@@ -224,24 +248,24 @@ class Lane:
         After a power loss the stored pair may be of another moment than the stored head; then the later one is given.
         """
         for _ in range(100):  # a live producer may pass twice between our loads; it does not do so a hundred times
-            head = self._words[_HEAD]
-            for slot in (_COUNTERS_A, _COUNTERS_B):
-                position, points, records = self._words[slot : slot + 3]
-                if position == head and self._words[_HEAD] == head:
+            head = self.words[HEAD]
+            for slot in (COUNTERS_A, COUNTERS_B):
+                position, points, records = self.words[slot : slot + 3]
+                if position == head and self.words[HEAD] == head:
                     return Counters(points, records)
-        a, b = self._words[_COUNTERS_A + 1 : _COUNTERS_A + 3], self._words[_COUNTERS_B + 1 : _COUNTERS_B + 3]
+        a, b = self.words[COUNTERS_A + 1 : COUNTERS_A + 3], self.words[COUNTERS_B + 1 : COUNTERS_B + 3]
         return Counters(*max(tuple(a), tuple(b)))
 
     @property
     def queued_points(self) -> int:
         """Points published and not yet settled (approximate while both sides run)."""
-        settled = self._words[_SETTLED]
+        settled = self.words[SETTLED]
         return max(0, self.published.points - settled)
 
     @property
     def fill(self) -> float:
         """Share of the ring in use, 0..1."""
-        return (self._words[_HEAD] - self._words[_TAIL]) / self.capacity
+        return (self.words[HEAD] - self.words[TAIL]) / self.capacity
 
     def record_at(self, start: int, raw_start: int) -> Record | None:
         """Read the record at position `start`; None if what lies there is not that record. A PAD has -1 points."""
@@ -251,14 +275,14 @@ class Lane:
         if (
             position != start
             or length % 8
-            or length < RECORD_HEADER.size + _padded(key_bytes)
+            or length < RECORD_HEADER.size + padded(key_bytes)
             or offset + length > self.capacity
         ):
             return None
         covered = body if flags & PAD else offset + length
-        if zlib.crc32(self.data[offset + 8 : covered], self._seed) != crc:
+        if zlib.crc32(self.data[offset + 8 : covered], self.seed) != crc:
             return None
-        payload = self.data[body + _padded(key_bytes) : offset + length]
+        payload = self.data[body + padded(key_bytes) : offset + length]
         key = bytes(self.data[body : body + key_bytes])
         return Record(raw_start, start + length, -1 if flags & PAD else points, time_us, key, payload)
 
@@ -272,124 +296,3 @@ class Lane:
         if record is not None and record.points < 0:
             record = self.record_at(record.end, raw_start)
         return None if record is None or record.points < 0 else record
-
-
-class Producer:
-    """The one writer of records. Who holds the lane's producer lock, and nobody else, may make and use one."""
-
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
-        self._mutex = threading.Lock()  # threads of this process; processes are kept apart by the producer lock
-        self.largest_record = lane.capacity // 4
-
-    def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> int:
-        """Commit one record and return the new head; all or nothing.
-
-        `payload` is written piece after piece. Raises LaneFullError or RecordTooLargeError before the first byte is
-        written; any other exception leaves the outcome unknown to the caller (the record is not published, but a
-        caller must not say so: a later change may publish in batches).
-        """
-        with self._mutex:
-            return self._publish(payload, points, time_us, key)
-
-    def _publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes) -> int:
-        lane = self.lane
-        words, data, capacity = lane._words, lane.data, lane.capacity
-        used = RECORD_HEADER.size + _padded(len(key)) + sum(map(len, payload))
-        length = _padded(used)
-        if length > self.largest_record:
-            raise RecordTooLargeError(
-                f"the request takes {length} bytes in the lane, at most {self.largest_record} fit: send fewer points"
-            )
-        head = words[_HEAD]
-        room = capacity - head % capacity
-        start = head if room >= length else head + room
-        end = start + length
-        if end - words[_TAIL] > capacity:
-            raise LaneFullError(f"{lane.path.name} is full: {capacity} bytes wait for the database")
-        counters = lane.published
-        if start != head and room >= RECORD_HEADER.size:
-            self._write_pad(head, room)
-        offset = start % capacity
-        place = offset + RECORD_HEADER.size
-        body = RECORD_BODY.pack(start, time_us, points, 0, len(key))
-        crc = zlib.crc32(body, lane._seed)
-        pieces = [key, bytes(_padded(len(key)) - len(key)), *payload, bytes(length - used)] if key else [
-            *payload, bytes(length - used)
-        ]  # fmt: skip
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
-            data[place : place + len(piece)] = piece
-            place += len(piece)
-        data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
-        self._store_counters(end, counters.points + points, counters.records + 1)
-        words[_HEAD] = end
-        return end
-
-    def _write_pad(self, position: int, length: int) -> None:
-        lane = self.lane
-        offset = position % lane.capacity
-        body = RECORD_BODY.pack(position, 0, 0, PAD, 0)
-        crc = zlib.crc32(body, lane._seed)  # the header alone: what lies behind it is of no account
-        lane.data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
-
-    def _store_counters(self, position: int, points: int, records: int) -> None:
-        """Write the pair that is not in force; the store of `head` that follows puts it in force."""
-        words = self.lane._words
-        slot = _COUNTERS_B if words[_COUNTERS_A] == words[_HEAD] else _COUNTERS_A
-        words[slot] = (1 << 64) - 1  # matches no head while the pair is half written
-        words[slot + 1] = points
-        words[slot + 2] = records
-        words[slot] = position
-
-
-class Consumer:
-    """The one reader that frees records. Who holds the lane's consumer lock, and nobody else, may make and use one.
-
-    For a lane of this boot: `head` and `tail` are true, since the page cache outlives every process. A lane of an
-    earlier boot wants a SealedConsumer.
-    """
-
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
-
-    @property
-    def end(self) -> int:
-        """Where the lane ends."""
-        return self.lane.head
-
-    def read(self, position: int, max_points: int, max_bytes: int) -> list[Record]:
-        """Return records from raw `position` on, in order, up to either bound but at least one if there is one.
-
-        Raises LaneCorruptError if a record below the end is damaged.
-        """
-        lane, head = self.lane, self.lane.head
-        records: list[Record] = []
-        points, start = 0, position
-        while start < head and points < max_points and start - position < max_bytes:
-            record = lane.next_record(start)
-            if record is None or record.end > head:
-                raise LaneCorruptError(
-                    f"{lane.path}: no valid record at position {start} below head {head}; keep the file"
-                )
-            if records and points + record.points > max_points:
-                break
-            records.append(record)
-            points += record.points
-            start = record.end
-        return records
-
-    def free(self, position: int, settled_points: int) -> None:
-        """Give the room up to raw `position` back to the producer: only after the database said COMMIT."""
-        words = self.lane._words
-        words[_SETTLED] = settled_points
-        words[_TAIL] = position
-
-    def set_bound(self, points: int) -> None:
-        """Remember how many points the next transaction may hold, over a restart of the writer."""
-        self.lane._words[_BOUND] = points
-
-    def set_database(self, database: uuid.UUID) -> None:
-        """Mark the lane as belonging to `database`; durable before the first drain (delivery contract)."""
-        self.lane._header[_DATABASE : _DATABASE + 16] = database.bytes
-        self.lane._map.flush(0, HEADER_BYTES)

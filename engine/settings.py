@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -163,6 +163,20 @@ class Settings:
     lane_dir: Path = _setting(
         "ORBITSTREAM_LANE_DIR", _default_lane_dir, _folder, "folder of the lanes", "/dev/shm/orbitstream[-UID]"
     )
+    durability: str = _setting(
+        "ORBITSTREAM_DURABILITY",
+        "process",
+        _one_of("process", "os", "disk"),
+        "what a 202 survives: process (any kill), os (also a crash, but for the last seconds), disk (power loss); "
+        "os and disk keep their lanes under ORBITSTREAM_HOME by default",
+    )
+    archive_keep: float = _setting(
+        "ORBITSTREAM_ARCHIVE_KEEP",
+        30 * 86400.0,
+        _duration(0, 36500 * 86400),
+        "how long drained lanes of an earlier boot are kept: as long as a backup of the database may be restored",
+        "30d",
+    )
     lane_bytes: int = _setting(
         "ORBITSTREAM_LANE_BYTES", 128 << 20, _size(1 << 16, 1 << 40), "size of one worker's lane", "128MiB"
     )
@@ -249,12 +263,20 @@ def load(environ: Mapping[str, str] | None = None, **overrides: str | None) -> S
             shown = "" if "URL" in variable else f"={text!r}"
             raise SettingError(f"{variable}{shown} {error}") from None
     settings = Settings(given=given, **values)
+    if settings.durability != "process" and "lane_dir" not in values:
+        settings = replace(settings, lane_dir=settings.home / "lanes")
     _check_together(settings)
     return settings
 
 
 SUPERVISED: Final = "ORBITSTREAM_SUPERVISED"
 """Set by a supervisor for the gunicorn it starts, as PID:DESCRIPTOR: its process id and the listening socket."""
+
+
+def failpoint() -> tuple[str, int]:
+    """Return the failpoint that a test armed (ORBITSTREAM_FAILPOINT=name:n), as its name and n; ("", 0) without one."""
+    name, _, nth = os.environ.get("ORBITSTREAM_FAILPOINT", "").partition(":")
+    return name, int(nth or 1) if name else 0
 
 
 def supervised() -> tuple[int, int] | None:

@@ -13,35 +13,42 @@ import signal
 import sys
 import time
 from pathlib import Path
-from random import uniform
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import psycopg
 
 from engine import heartbeat, lanes, logs, process, rows, settings
-from engine.drain import MAX_TRANSACTION_POINTS, Flush, LaneStoppedError, attach, drain
+from engine.connection import Connection, one_line, pause_after
+from engine.consumer import Consumer, SealedConsumer
+from engine.drain import (
+    MAX_TRANSACTION_POINTS,
+    Flush,
+    LaneStoppedError,
+    PointRefusedError,
+    attach,
+    compare,
+    drain,
+    end_blocking_backend,
+)
 from engine.heartbeat import Heartbeat, State
 from engine.migrate import find_edition
-from engine.ring import Consumer, LaneError
-from engine.sealed import SealedConsumer
+from engine.ring import Lane, LaneError
 from engine.settings import Settings
 from engine.timestamps import now_us
 
-# Both end before heartbeat.STALE_S, so that a writer is not taken for stuck while it waits for the database.
-STATEMENT_TIMEOUT_S: Final = 6
-TCP_TIMEOUT_S: Final = 5
-
 SCAN_S: Final = 0.25
 """How often to look for lanes that became free. A new worker's first points wait so long at most."""
-RETRY_STOPPED_S: Final = 30.0
-MAX_PAUSE_S: Final = 5.0
-MIN_PAUSE_S: Final = 0.05
+REST_S: Final = 30.0
+"""A lane that is stopped is looked at again so often: its reason may have been mended."""
+SWEEP_S: Final = 3600.0
 POLL_S: Final = 0.004
 """Between two looks at idle lanes: adds half of itself to the latency; 250 looks a second cost 0.5 % of a core."""
 
-# SQLSTATE classes that say "the statement itself cannot succeed": retrying at once would only repeat it.
+# SQLSTATE classes that say "the statement itself cannot succeed": repeating it at once would not help. 22 and 23 are
+# here for what is no row of a COPY, as a constraint that is checked at COMMIT.
 _HOPELESS: Final = ("22", "23", "42", "XX", "0A")
+_LOCK_NOT_AVAILABLE: Final = "55P03"
 
 log = logging.getLogger("orbitstream.writer")
 
@@ -51,31 +58,43 @@ class Drain:
 
     def __init__(self, consumer: Consumer, lock: lanes.Lock) -> None:
         self.consumer, self.lock = consumer, lock
+        self.lane = consumer.lane
+        self.path = consumer.lane.path
+        self.sealed = isinstance(consumer, SealedConsumer)
         self.attached = False
+        self.blocked = False
+        self.failures = 0
+        self.not_before = 0.0
         self.waiting_since: float | None = None
-        self.stopped_until = float("-inf")
-        self.name = consumer.lane.path.name
 
     @property
     def bound(self) -> int:
-        return self.consumer.lane.bound or MAX_TRANSACTION_POINTS
+        return self.lane.bound or MAX_TRANSACTION_POINTS
+
+    @property
+    def empty(self) -> bool:
+        return not self.sealed and self.lane.head <= self.lane.tail
 
     def due(self, now: float, batch_size: int, batch_timeout: float) -> bool:
         """Tell whether a flush is worth its while, or a point has waited long enough."""
-        if now < self.stopped_until:
+        if now < self.not_before:
             return False
-        lane = self.consumer.lane
-        if not isinstance(self.consumer, SealedConsumer) and lane.head == lane.tail and self.attached:
+        if not self.attached:
+            return True
+        if self.empty:
             self.waiting_since = None
             return False
         if self.waiting_since is None:
             self.waiting_since = now
-        return not self.attached or lane.queued_points >= batch_size or now - self.waiting_since >= batch_timeout
+        return self.lane.queued_points >= batch_size or now - self.waiting_since >= batch_timeout
 
-    @property
-    def empty(self) -> bool:
-        lane = self.consumer.lane
-        return not isinstance(self.consumer, SealedConsumer) and lane.head <= lane.tail
+    def retirable(self, layout: bytes) -> bool:
+        """Tell whether nobody will append to it again and nothing waits in it."""
+        return self.attached and self.empty and (self.lane.layout != layout or self.lane.closed)
+
+    def let_go(self) -> None:
+        self.lane.close()
+        self.lock.release()
 
 
 class Writer:
@@ -85,11 +104,11 @@ class Writer:
         self.config, self.url, self.index, self.beat = config, url, index, beat
         self.layout = rows.layout()
         self.drains: dict[Path, Drain] = {}
+        self.resting: dict[Path, float] = {}  # stopped lanes, and when to look at them again
         self.seen_free: dict[Path, float] = {}
-        self.connection: psycopg.Connection[Any] | None = None
+        self.connection: Connection | None = None
         self.failures = 0
-        self.next_attempt = 0.0
-        self.next_scan = 0.0
+        self.next_attempt = self.next_scan = self.next_sweep = 0.0
         self.stop_at: float | None = None
         self.summary = Summary()
 
@@ -106,8 +125,8 @@ class Writer:
             self.summary.tick(now)
             if now >= self.next_scan:
                 self.next_scan = now + SCAN_S
-                self.take_free_lanes(now)
-            if self.stop_at is not None and (now >= self.stop_at or self.drained()):
+                self.look_around(now)
+            if self.stop_at is not None and (now >= self.stop_at or all(each.empty for each in self.drains.values())):
                 break
             if not self.pass_over(now):
                 time.sleep(POLL_S)
@@ -115,39 +134,49 @@ class Writer:
         self.beat.enter(State.ENDED)
         self.disconnect()
 
-    def drained(self) -> bool:
-        return all(drain.empty for drain in self.drains.values())
+    # -- lanes
 
-    def take_free_lanes(self, now: float) -> None:
+    def look_around(self, now: float) -> None:
         """Take each lane that is ours by number, and any other that has been free for a while; let go of old ones."""
-        for drain_ in list(self.drains.values()):
-            if drain_.attached and drain_.empty and drain_.consumer.lane.layout != self.layout:
-                self.finish(drain_)
+        for mine in [each for each in self.drains.values() if each.retirable(self.layout)]:
+            self.finish(mine)
         for path in lanes.lane_files(self.config.lane_dir):
-            if path in self.drains:
+            if path in self.drains or now < self.resting.get(path, now):
                 continue
             ours = int(path.stem.rpartition("-")[2]) % self.config.writer_count == self.index
             patience = 0.0 if ours or self.stop_at is not None else 8 * SCAN_S
-            if now - self.seen_free.setdefault(path, now) < patience:
-                continue
-            try:
-                claimed = lanes.claim_consumer(path)
-            except LaneError as error:
-                self.summary.alarms.warning("%s", error)
-                continue
-            if claimed is None:
-                self.seen_free[path] = now  # not free after all: somebody holds it
-                continue
-            self.drains[path] = Drain(*claimed)
-            log.debug("took %s, %d points waiting", path.name, claimed[0].lane.queued_points)
+            if now - self.seen_free.setdefault(path, now) >= patience:
+                self.take(path, now)
+        self.beat.set_stopped_lanes(len(self.resting) + sum(each.failures > 0 for each in self.drains.values()))
 
-    def pass_over(self, now: float) -> bool:
-        """Flush every lane that is due; tell whether anything was stored."""
-        patience = 0.0 if self.stop_at is not None else self.config.batch_timeout
-        due = [drain for drain in self.drains.values() if drain.due(now, self.config.batch_size, patience)]
-        if (not due and self.connection is not None) or not self.connected(now):
-            return False
-        return any([self.flush(drain) for drain in due])
+    def take(self, path: Path, now: float) -> None:
+        try:
+            claimed = lanes.claim_consumer(path)
+        except (LaneError, OSError) as error:
+            self.rest(path, str(error))
+            return
+        if claimed is None:
+            self.seen_free[path] = now  # somebody holds it
+            return
+        self.drains[path] = Drain(*claimed)
+        log.debug("took %s, %d points waiting", path.name, claimed[0].lane.queued_points)
+
+    def rest(self, path: Path, why: str) -> None:
+        """Leave a lane alone for a while: nothing of it is dropped, and an operator may mend it meanwhile."""
+        self.resting[path] = time.monotonic() + REST_S
+        log.error("%s is stopped, its points are kept: %s", path.name, why)
+
+    def finish(self, mine: Drain) -> None:
+        """Archive a drained lane that nobody will append to again, and let go of it."""
+        mine.waiting_since = None
+        if mine.sealed:
+            mine.consumer.free(max(mine.consumer.end, mine.lane.tail), mine.lane.settled_points)
+        if lanes.retire(mine.consumer, self.layout):
+            log.info("%s is drained and archived as %s", mine.path.name, mine.lane.uuid)
+            del self.drains[mine.path]
+            mine.let_go()
+
+    # -- the connection
 
     def connected(self, now: float) -> bool:
         """Return whether there is a connection, making one if its time has come."""
@@ -156,110 +185,146 @@ class Writer:
         if now < self.next_attempt:
             return False
         try:
-            self.connection = self.connect()
+            self.connection = Connection.open(self.url, f"orbitstream-writer-{self.index}", self.beat.beat)
+            edition = find_edition(self.connection)
         except psycopg.Error as error:
             self.away(error)
             return False
-        self.failures = 0
-        self.beat.enter(State.CONNECTED)
-        return True
-
-    def connect(self) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(
-            self.url,
-            autocommit=True,
-            connect_timeout=5,
-            tcp_user_timeout=TCP_TIMEOUT_S * 1000,
-            application_name=f"orbitstream-writer-{self.index}",
-        )
-        connection.execute(
-            f"SET statement_timeout = '{STATEMENT_TIMEOUT_S}s'; SET lock_timeout = '{STATEMENT_TIMEOUT_S // 2}s';"
-            f" SET idle_in_transaction_session_timeout = '{STATEMENT_TIMEOUT_S}s'; SET synchronous_commit = on;"
-            " SET timezone = 'UTC'"
-        )
-        edition = find_edition(connection)
         self.beat.set_edition(edition.name)
+        self.beat.enter(State.CONNECTED)
         log.info("connected to %s", edition)
-        return connection
+        self.compare_archive(self.connection)
+        return True
 
     def disconnect(self) -> None:
         if self.connection is not None:
             self.connection.close()
             self.connection = None
-        for drain_ in self.drains.values():
-            drain_.attached = False
+        for mine in self.drains.values():
+            mine.attached = False
 
     def away(self, error: psycopg.Error) -> None:
-        """Note that the database cannot be used now, and when to try again: 50 ms to 5 s, with jitter."""
+        """Note that the database cannot be used now, and when to try again."""
         self.disconnect()
+        self.failures += 1
+        pause = pause_after(self.failures)
+        self.next_attempt = time.monotonic() + pause
         self.beat.failed()
         self.beat.enter(State.DATABASE_AWAY)
-        pause = min(MAX_PAUSE_S, MIN_PAUSE_S * 2 ** min(self.failures, 10)) * uniform(0.5, 1.0)
-        self.failures += 1
-        self.next_attempt = time.monotonic() + pause
-        self.summary.alarms.warning("database away, next attempt in %.2f s: %s", pause, _one_line(error))
+        self.summary.alarms.warning("database away, next attempt in %.2f s: %s", pause, one_line(error))
 
-    def flush(self, lane: Drain) -> bool:
-        """Run one transaction for a lane; tell whether it stored anything."""
+    def compare_archive(self, connection: Connection) -> None:
+        """Alarm for archived lanes that the ledger is behind of: rows of theirs went with a restore."""
+        now = time.monotonic()
+        if self.index != 0:
+            return
+        if now >= self.next_sweep:
+            self.next_sweep = now + SWEEP_S
+            for path in lanes.forget_archived(self.config.lane_dir, self.config.archive_keep):
+                log.info("removed archived lane %s", path.name)
+        for path in lanes.archived(self.config.lane_dir):
+            lane = Lane(path)
+            try:
+                compare(lane, connection)
+            except (LaneStoppedError, psycopg.Error) as error:
+                log.error("archived lane %s: %s", path.stem, one_line(error))
+            finally:
+                lane.close()
+
+    # -- flushing
+
+    def pass_over(self, now: float) -> bool:
+        """Flush every lane that is due; tell whether anything was stored."""
+        patience = 0.0 if self.stop_at is not None else self.config.batch_timeout
+        due = [each for each in self.drains.values() if each.due(now, self.config.batch_size, patience)]
+        if not due and self.connection is not None:
+            return False
+        stored = False
+        while self.connected(time.monotonic()) and due:  # each lane has its turn, also when another's failed
+            stored |= self.flush(due.pop(0))
+        return stored
+
+    def flush(self, mine: Drain) -> bool:
+        """Run one transaction for a lane; tell whether it settled anything."""
         assert self.connection is not None
-        consumer = lane.consumer
         try:
-            if not lane.attached:
-                attach(self.connection, consumer, self.config.node)
-                lane.attached = True
-                self.warn_of_holes(consumer)
-            begun = time.monotonic()
-            flushed = drain(self.connection, consumer, lane.bound, self.beat.beat)
+            flushed = self.attempt(self.connection, mine)
         except (LaneStoppedError, LaneError, rows.LayoutError) as error:
-            self.halt(lane, str(error))
+            self.stop_lane(mine, str(error))
             return False
         except psycopg.Error as error:
-            if (error.sqlstate or "").startswith(_HOPELESS):
-                self.halt(lane, f"the database refuses it ({error.sqlstate}): {_one_line(error)}")
-            else:
-                consumer.set_bound(max(1, lane.bound // 2))
-                self.away(error)
+            self.failed(mine, error)
             return False
         if flushed is None:
-            self.finish(lane)
+            self.finish(mine)
             return False
-        self.beat.set_stopped_lanes(0)
-        lane.waiting_since = None
-        self.note(lane, flushed, time.monotonic() - begun)
         return True
 
-    def note(self, lane: Drain, flushed: Flush, seconds: float) -> None:
-        """Count a flush and let the lane's bound grow back."""
-        count, now = len(flushed.columns), now_us()
-        bound = lane.consumer.lane.bound
-        if 0 < bound <= count:
-            lane.consumer.set_bound(0 if bound * 2 >= MAX_TRANSACTION_POINTS else bound * 2)
-        self.beat.committed(count, now, now - flushed.received)
-        self.summary.add(flushed)
-        log.debug("flush lane=%s points=%d ms=%.1f", lane.name, count, seconds * 1000)
+    def attempt(self, connection: Connection, mine: Drain) -> Flush | None:
+        consumer = mine.consumer
+        if mine.blocked:
+            ended = end_blocking_backend(connection, mine.lane.uuid)
+            log.warning("%s: ended %d backends that held its ledger row", mine.path.name, ended)
+            mine.blocked = False
+        if not mine.attached:
+            attach(connection, consumer, self.config.node)
+            mine.attached = True
+            if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
+                log.error("%s lost records when the power went; its file is kept in the archive", mine.path.name)
+        begun = time.monotonic()
+        try:
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat)
+        except PointRefusedError as error:
+            log.warning("%s: looking for the point that is refused: %s", mine.path.name, one_line(error))
+            connection.execute("ROLLBACK")
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat, careful=True)
+        if flushed is not None:
+            self.note(mine, flushed, time.monotonic() - begun)
+        return flushed
 
-    def halt(self, lane: Drain, why: str) -> None:
-        """Leave a lane alone for a while: nothing of it is dropped, and its reason may have been mended by then."""
-        lane.stopped_until = time.monotonic() + RETRY_STOPPED_S
+    def note(self, mine: Drain, flushed: Flush, seconds: float) -> None:
+        """Count a flush and let the lane's bound grow back."""
+        now = now_us()
+        self.failures = mine.failures = 0
+        mine.waiting_since = None
+        self.resting.pop(mine.path, None)
+        bound = mine.lane.bound
+        if 0 < bound <= flushed.committed:
+            mine.consumer.set_bound(0 if bound * 2 >= MAX_TRANSACTION_POINTS else bound * 2)
+        self.beat.committed(flushed.committed, now, now - flushed.received)
+        if flushed.dead_lettered:
+            self.beat.dead_lettered(flushed.dead_lettered)
+            log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
+        self.summary.add(flushed)
+        log.debug("flush lane=%s points=%d ms=%.1f", mine.path.name, flushed.committed, seconds * 1000)
+
+    def failed(self, mine: Drain, error: psycopg.Error) -> None:
+        """Close the connection, as after any error, and decide when this lane, or all of them, are tried again."""
+        assert self.connection is not None
+        if (error.sqlstate or "").startswith(_HOPELESS):
+            self.stop_lane(mine, f"the database refuses it ({error.sqlstate}): {one_line(error)}")
+            return
+        mine.failures += 1
+        mine.blocked = error.sqlstate == _LOCK_NOT_AVAILABLE
+        mine.consumer.set_bound(max(1, mine.bound // 2))
+        if error.sqlstate is None or self.connection.closed:
+            self.away(error)
+            return
+        pause = pause_after(mine.failures)
+        mine.not_before = time.monotonic() + pause
+        self.beat.failed()
+        self.disconnect()
+        self.summary.alarms.warning(
+            "%s: next attempt in %.2f s (%s): %s", mine.path.name, pause, error.sqlstate, one_line(error)
+        )
+
+    def stop_lane(self, mine: Drain, why: str) -> None:
+        """Give a lane up until its rest is over; its lock is freed for `orbitstream lanes resume`."""
         self.disconnect()
         self.beat.failed()
-        now = time.monotonic()
-        self.beat.set_stopped_lanes(sum(now < each.stopped_until for each in self.drains.values()))
-        log.error("%s is stopped, its points are kept: %s", lane.name, why)
-
-    def warn_of_holes(self, consumer: Consumer) -> None:
-        if isinstance(consumer, SealedConsumer) and consumer.holes(consumer.lane.tail):
-            log.error("%s lost records when the power went; the file is kept in archive/", consumer.lane.path.name)
-
-    def finish(self, lane: Drain) -> None:
-        """Archive a drained lane that nobody will append to again, and let go of it."""
-        lane.waiting_since = None
-        path = lane.consumer.lane.path
-        if lanes.retire(lane.consumer, self.layout):
-            log.info("%s is drained and archived", lane.name)
-            del self.drains[path]
-            lane.consumer.lane.close()
-            lane.lock.release()
+        del self.drains[mine.path]
+        mine.let_go()
+        self.rest(mine.path, why)
 
 
 class Summary:
@@ -272,8 +337,10 @@ class Summary:
         self.points = self.flushes = self.anomalies = 0
 
     def add(self, flushed: Flush) -> None:
-        self.points += len(flushed.columns)
+        self.points += flushed.committed
         self.flushes += 1
+        if flushed.columns is None:
+            return
         anomalous = np.flatnonzero(flushed.columns.is_anomaly)
         if len(anomalous) == 0:
             return
@@ -296,10 +363,6 @@ class Summary:
         self.alarms.flush()
         self.since = time.monotonic()
         self.points = self.flushes = self.anomalies = 0
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def main(argv: list[str] | None = None) -> int:

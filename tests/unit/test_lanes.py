@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from engine import lanes, ring, rows
+from engine.consumer import SealedConsumer
 from engine.lanes import LaneDirError, claim_consumer, claim_producer, lane_files, retire
-from engine.sealed import SealedConsumer
+from engine.producer import Producer
 from tests.service import eventually
 
 LAYOUT = rows.layout()
@@ -71,7 +72,7 @@ def test_only_one_consumer(lane_dir: Path) -> None:
 def test_a_lane_of_an_earlier_boot_is_sealed_and_archived(lane_dir: Path) -> None:
     path = lane_dir / "lane-0000.ring"
     ring.create(path, CAPACITY, LAYOUT, bytes(16))
-    ring.Producer(ring.Lane(path)).publish([b"old_____"], 1, 0)
+    Producer(ring.Lane(path)).publish([b"old_____"], 1, 0)
     producer, lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
     assert producer.lane.path.name == "lane-0001.ring"
     claimed = claim_consumer(path)

@@ -12,18 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ring
+from engine.consumer import Consumer, SealedConsumer
+from engine.producer import Producer
 from engine.ring import (
     HEADER_BYTES,
     RECORD_HEADER,
-    Consumer,
     Lane,
     LaneCorruptError,
     LaneError,
     LaneFullError,
-    Producer,
     RecordTooLargeError,
 )
-from engine.sealed import SealedConsumer
 
 CAPACITY = ring.MIN_CAPACITY
 LIMIT = 1 << 40
@@ -140,7 +139,7 @@ def test_a_producer_that_died_before_the_head_store_published_nothing(lane: Lane
     head, counters = lane.head, lane.published
     # The state a kill leaves after everything but the last store of the next publish.
     producer.publish([b"second__"], 5, 0)
-    lane._words[ring._HEAD] = head
+    lane.words[ring.HEAD] = head
     again = Lane(lane.path)
     assert again.published == counters
     assert payloads(Consumer(again)) == [b"first___"]

@@ -1,0 +1,164 @@
+"""The producer's end of a lane: publish a record, all or nothing, and bring it to the disk when that was promised."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+
+from engine.failpoints import ARMED, hit
+from engine.ring import (
+    ANSWERED,
+    CLOSED,
+    COUNTERS_A,
+    COUNTERS_B,
+    HEAD,
+    PAD,
+    RECORD_BODY,
+    RECORD_HEADER,
+    SYNCED,
+    TAIL,
+    Lane,
+    LaneFailedError,
+    LaneFullError,
+    RecordTooLargeError,
+    padded,
+)
+
+
+class Producer:
+    """The one writer of records. Who holds the lane's producer lock, and nobody else, may make and use one."""
+
+    def __init__(self, lane: Lane, *, durable: bool = False) -> None:
+        self.lane = lane
+        self.durable = durable
+        self.largest_record = lane.capacity // 4
+        self._mutex = threading.Lock()  # threads of this process; processes are kept apart by the producer lock
+        self._sync_mutex = threading.Lock()
+        self._failed = False
+        self._mark = (time.monotonic(), lane.tail)
+        self._drain_rate = 0.0
+
+    def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> int:
+        """Commit one record and return the new head; all or nothing. With `durable`, it is on the disk then.
+
+        `payload` is written piece after piece. Raises LaneFullError, LaneFailedError or RecordTooLargeError before the
+        first byte is written; after any other exception the record may be stored or not, and must not be denied.
+        """
+        with self._mutex:
+            if self._failed:
+                raise LaneFailedError(
+                    f"{self.lane.path.name} is stopped: a write to its disk failed; restart the service"
+                )
+            end = self._publish(payload, points, time_us, key)
+        if self.durable:
+            self._sync(end)
+        return end
+
+    def _sync(self, end: int) -> None:
+        """Bring the ring to the disk up to `end`; threads that wait meanwhile are covered by the next one's sync.
+
+        A failed fdatasync is never repeated: the kernel may have dropped the pages and would report success.
+        """
+        words = self.lane.words
+        with self._sync_mutex:
+            if words[SYNCED] >= end:
+                return
+            if self._failed:
+                raise OSError("an earlier fdatasync of this lane failed")
+            target = words[HEAD]
+            if ARMED:
+                hit("publish-before-sync")
+            try:
+                os.fdatasync(self.lane.fd)
+            except OSError:
+                self._failed = True
+                raise
+            words[SYNCED] = target
+
+    def close(self) -> None:
+        """Let nobody append to this lane any more; what it holds is still drained."""
+        self.lane.words[CLOSED] = 1
+
+    def answered(self, points: int) -> None:
+        """Count points whose 202 is on its way."""
+        with self._mutex:
+            self.lane.words[ANSWERED] += points
+
+    def retry_after(self) -> int:
+        """Return in how many seconds a record of the largest size will have room, at the rate of the last seconds."""
+        with self._mutex:
+            self._note_drain()
+            lane, rate = self.lane, self._drain_rate
+            missing = self.largest_record - (lane.capacity - (lane.head - lane.tail))
+        return 5 if rate <= 0 else max(1, min(60, math.ceil(missing / rate)))
+
+    def _note_drain(self) -> None:
+        """Measure the drain rate (bytes/s) over the last second or more."""
+        now, (since, tail) = time.monotonic(), self._mark
+        if now - since >= 1.0:
+            self._drain_rate = (self.lane.tail - tail) / (now - since)
+            self._mark = (now, self.lane.tail)
+
+    def _publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes) -> int:
+        lane = self.lane
+        words, data, capacity = lane.words, lane.data, lane.capacity
+        used = RECORD_HEADER.size + padded(len(key)) + sum(map(len, payload))
+        length = padded(used)
+        if length > self.largest_record:
+            raise RecordTooLargeError(
+                f"the request takes {length} bytes in the lane, at most {self.largest_record} fit: send fewer points"
+            )
+        head = words[HEAD]
+        room = capacity - head % capacity
+        start = head if room >= length else head + room
+        end = start + length
+        if end - words[TAIL] > capacity:
+            self._note_drain()
+            raise LaneFullError(f"{lane.path.name} is full: {capacity} bytes wait for the database")
+        counters = lane.published
+        if start != head and room >= RECORD_HEADER.size:
+            self._write_pad(head, room)
+        offset = start % capacity
+        place = offset + RECORD_HEADER.size
+        body = RECORD_BODY.pack(start, time_us, points, 0, len(key))
+        crc = zlib.crc32(body, lane.seed)
+        pieces = [key, bytes(padded(len(key)) - len(key)), *payload, bytes(length - used)] if key else [
+            *payload, bytes(length - used)
+        ]  # fmt: skip
+        if ARMED:
+            hit("publish-before-payload")
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+            data[place : place + len(piece)] = piece
+            place += len(piece)
+        data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
+        if ARMED:
+            hit("publish-before-counters")
+        self._store_counters(end, counters.points + points, counters.records + 1)
+        if ARMED:
+            hit("publish-before-head")
+        words[HEAD] = end
+        if ARMED:
+            hit("publish-after-head")
+        return end
+
+    def _write_pad(self, position: int, length: int) -> None:
+        lane = self.lane
+        offset = position % lane.capacity
+        body = RECORD_BODY.pack(position, 0, 0, PAD, 0)
+        crc = zlib.crc32(body, lane.seed)  # the header alone: what lies behind it is of no account
+        lane.data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
+
+    def _store_counters(self, position: int, points: int, records: int) -> None:
+        """Write the pair that is not in force; the store of `head` that follows puts it in force."""
+        words = self.lane.words
+        slot = COUNTERS_B if words[COUNTERS_A] == words[HEAD] else COUNTERS_A
+        words[slot] = (1 << 64) - 1  # matches no head while the pair is half written
+        words[slot + 1] = points
+        words[slot + 2] = records
+        words[slot] = position
