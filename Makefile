@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help demo test lint serve migrate clean
+.PHONY: help demo test crash lint serve migrate clean
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -11,6 +11,10 @@ demo: .venv/embedded  ## run database, service and simulator for 10 s and prove 
 
 test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (under 5 minutes)
 	$(BIN)/python -m pytest
+
+crash: .venv/dev  ## 1,000 random kills under load, and each fault of the delivery contract (about 20 minutes)
+	ORBITSTREAM_CRASH_KILLS=$${KILLS:-1000} ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \
+	  $(BIN)/python -m pytest -s --timeout 3600 tests/crash
 
 lint: .venv/dev  ## check style, types and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

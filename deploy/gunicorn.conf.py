@@ -6,11 +6,12 @@ lane directory, to have the lanes drained.
 
 import sys
 
+import engine.app  # noqa: F401 - imported before the fork, a worker that replaces a dead one answers within 50 ms
 from engine import lanes, logs, process, settings
 
 try:
     _config = settings.load()
-    lanes.prepare(_config.lane_dir)
+    lanes.prepare(_config.lane_dir, _config.durability)
 except (settings.SettingError, lanes.LaneDirError) as error:
     print(f"orbitstream: {error}", file=sys.stderr)
     sys.exit(2)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, process, settings, supervisor
+from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, operate, process, settings, supervisor
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
 from engine.settings import Settings
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except (settings.SettingError, lanes.LaneDirError, EmbeddedError) as error:
         print(f"orbitstream: {error}", file=sys.stderr)
         return USAGE
-    except migrate.MigrationError as error:
+    except (migrate.MigrationError, operate.OperateError) as error:
         print(f"orbitstream: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -67,6 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     status = _command(commands, "status", _status, "show lanes, writers and the database; exit 1 if degraded")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     _command(commands, "drain", _drain, "store what waits in the lanes, then end; exit 1 if some is left")
+    verify_ = _command(commands, "verify", operate.verify_command, "check that every point published is accounted for")
+    verify_.add_argument("--deep", action="store_true", help="also count the rows of telemetry against the ledger")
+    verify_.add_argument("--json", action="store_true", help="print one JSON object")
+    lane = _command(commands, "lanes", operate.lanes_command, "list the lanes, or let a stopped one go on")
+    lane.add_argument("action", choices=("list", "resume"))
+    lane.add_argument("lane", nargs="?", help="the lane to resume: its uuid, or its file name")
+    lane.add_argument("--json", action="store_true", help="print one JSON object")
+    letters = _command(commands, "dead-letters", operate.dead_letters_command, "points that the database refused")
+    letters.add_argument("action", choices=("list", "replay", "purge"), help="purge: those replayed, or those named")
+    letters.add_argument("ids", nargs="*", type=int, help="only these")
+    letters.add_argument("--limit", type=int, default=50, help="list at most so many (default: %(default)s)")
+    letters.add_argument("--json", action="store_true", help="print one JSON object a line")
     demo.add_command(commands)
     return parser
 

@@ -16,6 +16,7 @@ import numpy as np
 from engine.failpoints import ARMED, hit
 from engine.ring import (
     BOUND,
+    CLOSED,
     DATABASE,
     HEADER_BYTES,
     RECORD_HEADER,
@@ -77,7 +78,11 @@ class Consumer:
         self.lane.words[BOUND] = points
 
     def resume(self) -> None:
-        """Let the lane drain again from where the ledger is, although it was drained further once (operator)."""
+        """Let the lane drain again from where the ledger is, although it was drained further once (operator).
+
+        For a lane that nobody appends to; it is marked so.
+        """
+        self.lane.words[CLOSED] = 1
         self.lane.words[RESUMED] = 1
 
     def set_database(self, database: uuid.UUID) -> None:

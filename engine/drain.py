@@ -19,7 +19,7 @@ import numpy as np
 import psycopg
 from psycopg import sql
 
-from engine import copy_format, dead_letters, keys, rows
+from engine import copy_format, dead_letters, rows, settlement
 from engine.dead_letters import Cause
 from engine.failpoints import ARMED, hit
 from engine.rows import Columns, Times
@@ -219,13 +219,13 @@ class _Transaction:
 
     def settle(self, records: Sequence[SourceRecord], *, careful: bool) -> Flush:
         """Store what is to be stored of `records`, and set aside what cannot be; releases their payloads."""
-        verdicts = keys.settle(self.cursor, self.lane.uuid, records, now_us())
-        fresh = [record for record, verdict in zip(records, verdicts, strict=True) if verdict == keys.FRESH]
+        verdicts = settlement.settle(self.cursor, self.lane.uuid, records, now_us())
+        fresh = [record for record, verdict in zip(records, verdicts, strict=True) if verdict == settlement.FRESH]
         deduplicated = 0
         for record, verdict in zip(records, verdicts, strict=True):
-            if verdict == keys.DUPLICATE:
+            if verdict == settlement.DUPLICATE:
                 deduplicated += record.points
-            elif verdict != keys.FRESH:
+            elif verdict != settlement.FRESH:
                 self._set_aside(record, Cause(verdict, None, _KEY_WORDS[verdict]))
         parts = self._store_carefully(fresh) if careful else [self._columns(fresh)] if fresh else []
         for record in records:

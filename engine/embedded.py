@@ -40,6 +40,20 @@ def default_home(xdg_data_home: str | None) -> Path:
     return Path.home() / ".local" / "share" / "orbitstream"
 
 
+def running_dsn(home: Path) -> str | None:
+    """Return the URL of the server that another process runs under `home`; None when there is none."""
+    folder = Home(home)
+    try:
+        lines = (folder.data / "postmaster.pid").read_text().splitlines()
+    except OSError:
+        return None
+    return _url(Path(lines[4]), DATABASE) if len(lines) > 4 and lines[4] else None
+
+
+def _url(socket: Path, database: str) -> str:
+    return f"postgresql://{ROLE}@/{database}?host={quote(str(socket), safe='')}&port=5432"
+
+
 class EmbeddedPostgres:
     """A PostgreSQL under `home`, owned by this process between start() and stop().
 
@@ -70,7 +84,7 @@ class EmbeddedPostgres:
     @property
     def dsn(self) -> str:
         """Return the libpq URL of our database over the socket folder; valid after start()."""
-        return self._url(DATABASE)
+        return _url(self._home.socket, DATABASE)
 
     def __enter__(self) -> EmbeddedPostgres:
         self.start()
@@ -184,7 +198,7 @@ class EmbeddedPostgres:
         """Return True when the server takes connections, False when it has ended."""
         began = told = time.monotonic()
         while not self._ended():
-            answer = pq.PGconn.ping(f"{self._url('postgres')}&connect_timeout=5".encode())
+            answer = pq.PGconn.ping(f"{_url(self._home.socket, 'postgres')}&connect_timeout=5".encode())
             if answer == pq.Ping.OK:
                 return True
             now = time.monotonic()
@@ -213,13 +227,10 @@ class EmbeddedPostgres:
         self.postmaster_pid, self._process = 0, None
 
     def _create_database(self) -> None:
-        with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
+        with psycopg.connect(_url(self._home.socket, "postgres"), autocommit=True) as connection:
             query = "select from pg_database where datname = %s"
             if connection.execute(query, (DATABASE,)).fetchone() is None:
                 connection.execute(f"create database {DATABASE}")
-
-    def _url(self, database: str) -> str:
-        return f"postgresql://{ROLE}@/{database}?host={quote(str(self._home.socket), safe='')}&port=5432"
 
 
 def _spare_memory() -> int:

@@ -78,6 +78,11 @@ class Heartbeat:
             self._words[_SINCE] = time.monotonic_ns()
             self._words[_STATE] = state
 
+    def mark_ended(self) -> None:
+        """Say that the writer is dead; for whoever supervises it. Its process id may be given to another process."""
+        self._words[_PID] = 0
+        self.enter(State.ENDED)
+
     def set_edition(self, edition: str) -> None:
         self._words[_EDITION] = EDITIONS.index(edition)
 

@@ -183,7 +183,8 @@ def claim_consumer(path: Path) -> tuple[Consumer, Lock] | None:
     except BaseException:
         lock.release()
         raise
-    return (Consumer(lane) if lane.boot == boot_id() else SealedConsumer(lane)), lock
+    # What an operator resumed is read like a sealed lane: records behind the tail, some of them overwritten since.
+    return (Consumer(lane) if lane.boot == boot_id() and not lane.resumed else SealedConsumer(lane)), lock
 
 
 def retire(consumer: Consumer, layout: bytes) -> bool:

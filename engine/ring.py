@@ -242,8 +242,8 @@ class Lane:
         return uuid.UUID(bytes=raw) if any(raw) else None
 
     @property
-    def published(self) -> Counters:
-        """Points and records published up to `head`, exact even after a kill between two stores.
+    def snapshot(self) -> tuple[int, Counters]:
+        """The head, and the points and records published up to it: exact even after a kill between two stores.
 
         After a power loss the stored pair may be of another moment than the stored head; then the later one is given.
         """
@@ -252,9 +252,14 @@ class Lane:
             for slot in (COUNTERS_A, COUNTERS_B):
                 position, points, records = self.words[slot : slot + 3]
                 if position == head and self.words[HEAD] == head:
-                    return Counters(points, records)
+                    return head, Counters(points, records)
         a, b = self.words[COUNTERS_A + 1 : COUNTERS_A + 3], self.words[COUNTERS_B + 1 : COUNTERS_B + 3]
-        return Counters(*max(tuple(a), tuple(b)))
+        return self.words[HEAD], Counters(*max(tuple(a), tuple(b)))
+
+    @property
+    def published(self) -> Counters:
+        """Points and records published since the lane was made."""
+        return self.snapshot[1]
 
     @property
     def queued_points(self) -> int:

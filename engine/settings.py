@@ -122,7 +122,10 @@ def _default_lane_dir() -> Path:
 def _default_home() -> Path:
     from engine.embedded import default_home
 
-    return default_home(os.environ.get("XDG_DATA_HOME"))
+    try:
+        return default_home(os.environ.get("XDG_DATA_HOME"))
+    except RuntimeError as error:  # no HOME, and no entry in passwd
+        raise SettingError("ORBITSTREAM_HOME must be set: this user has no home folder") from error
 
 
 def _setting(variable: str, default: Any, parse: Callable[[str], Any], help: str, shown: str = "") -> Any:

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engine import data_folder, heartbeat, lanes, settings
-from engine.heartbeat import STALE_S, Heartbeat, State
+from engine.heartbeat import STALE_S, Heartbeat
 from engine.settings import Settings
 
 TICK_S: Final = 0.2
 MIN_BACKOFF_S: Final = 0.1
-MAX_BACKOFF_S: Final = 5.0
+MAX_BACKOFF_S: Final = 2.0
 SETTLED_S: Final = 10.0
 """A child that lived so long starts its next backoff from the beginning."""
 BOOT_S: Final = 30.0
@@ -59,10 +59,10 @@ class Child:
     def running(self) -> bool:
         return self.popen is not None and self.popen.returncode is None
 
-    def spawn(self, environment: dict[str, str]) -> None:
+    def spawn(self, environment: dict[str, str], *flags: str) -> None:
         """Start the process; call from the main thread, whose end the parent-death signal watches."""
         self.popen = subprocess.Popen(
-            self.command,
+            [*self.command, *flags],
             cwd="/",
             env={**environment, **self.environment},
             pass_fds=self.descriptors,
@@ -221,7 +221,7 @@ class Supervisor:
         """Say for a dead writer that it ended, so that nobody takes its last beat for a living one."""
         beat = self._beat(index)
         if beat is not None:
-            beat.enter(State.ENDED)
+            beat.mark_ended()
 
     def _beat(self, index: int) -> Heartbeat | None:
         path = heartbeat.beat_file(self.config.lane_dir, index)
@@ -240,15 +240,29 @@ class Supervisor:
             self.listener.shutdown(socket.SHUT_RDWR)
             self.listener.close()
             self._await([self.web], WEB_GRACE_S, wake)
-        draining = [child for child in self.writers if child.running]
-        for child in draining:
-            child.signal(signal.SIGTERM)
-        self._await(draining, self.config.drain_timeout + KILL_GRACE_S, wake)
+        if self.migrated:
+            self._drain(wake)
         others = [*self.maintenance, *([self.migration] if self.migration is not None else [])]
         for child in others:
             child.signal(signal.SIGTERM)
         self._await(others, KILL_GRACE_S, wake)
         self._report_backlog()
+
+    def _drain(self, wake: int) -> None:
+        """Let every writer end once the lanes are empty; one that is dead, or dies of it, has a successor."""
+        for child in self.writers:
+            child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.config.drain_timeout
+        while not self.hurry and time.monotonic() < deadline:
+            unfinished = [child for child in self.writers if child.popen is None or child.popen.poll() != 0]
+            if not unfinished:
+                return
+            for child in unfinished:
+                if not child.running:  # also one that SIGTERM met before it could listen
+                    child.spawn(self.environment, "--drain")
+            self._wait(wake, TICK_S)
+            self.hurry = self._handle_signals()
+        self._await(self.writers, KILL_GRACE_S, wake)
 
     def _await(self, children: list[Child], seconds: float, wake: int) -> None:
         """Wait for children to end, then kill what is left of their sessions."""

@@ -39,7 +39,7 @@ from engine.timestamps import now_us
 
 SCAN_S: Final = 0.25
 """How often to look for lanes that became free. A new worker's first points wait so long at most."""
-REST_S: Final = 30.0
+REST_S: Final = 10.0
 """A lane that is stopped is looked at again so often: its reason may have been mended."""
 SWEEP_S: Final = 3600.0
 POLL_S: Final = 0.004
@@ -64,6 +64,7 @@ class Drain:
         self.attached = False
         self.blocked = False
         self.failures = 0
+        self.tail_seen = self.lane.tail
         self.not_before = 0.0
         self.waiting_since: float | None = None
 
@@ -147,7 +148,7 @@ class Writer:
             patience = 0.0 if ours or self.stop_at is not None else 8 * SCAN_S
             if now - self.seen_free.setdefault(path, now) >= patience:
                 self.take(path, now)
-        self.beat.set_stopped_lanes(len(self.resting) + sum(each.failures > 0 for each in self.drains.values()))
+        self.count_stopped()
 
     def take(self, path: Path, now: float) -> None:
         try:
@@ -164,7 +165,12 @@ class Writer:
     def rest(self, path: Path, why: str) -> None:
         """Leave a lane alone for a while: nothing of it is dropped, and an operator may mend it meanwhile."""
         self.resting[path] = time.monotonic() + REST_S
+        self.count_stopped()
         log.error("%s is stopped, its points are kept: %s", path.name, why)
+
+    def count_stopped(self) -> None:
+        failing = {path for path, mine in self.drains.items() if mine.failures}
+        self.beat.set_stopped_lanes(len(failing | self.resting.keys()))
 
     def finish(self, mine: Drain) -> None:
         """Archive a drained lane that nobody will append to again, and let go of it."""
@@ -269,6 +275,7 @@ class Writer:
         if not mine.attached:
             attach(connection, consumer, self.config.node)
             mine.attached = True
+            self.resting.pop(mine.path, None)
             if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
                 log.error("%s lost records when the power went; its file is kept in the archive", mine.path.name)
         begun = time.monotonic()
@@ -287,9 +294,8 @@ class Writer:
         now = now_us()
         self.failures = mine.failures = 0
         mine.waiting_since = None
-        self.resting.pop(mine.path, None)
         bound = mine.lane.bound
-        if 0 < bound <= flushed.committed:
+        if bound:
             mine.consumer.set_bound(0 if bound * 2 >= MAX_TRANSACTION_POINTS else bound * 2)
         self.beat.committed(flushed.committed, now, now - flushed.received)
         if flushed.dead_lettered:
@@ -304,6 +310,9 @@ class Writer:
         if (error.sqlstate or "").startswith(_HOPELESS):
             self.stop_lane(mine, f"the database refuses it ({error.sqlstate}): {one_line(error)}")
             return
+        if mine.lane.tail != mine.tail_seen:  # an attempt before this one was stored, although nobody could say so
+            mine.tail_seen = mine.lane.tail
+            self.failures = mine.failures = 0
         mine.failures += 1
         mine.blocked = error.sqlstate == _LOCK_NOT_AVAILABLE
         mine.consumer.set_bound(max(1, mine.bound // 2))
@@ -370,6 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engine.writer")
     parser.add_argument("--index", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--drain", action="store_true", help="end once the lanes are empty")
     options = parser.parse_args(argv)
     process.die_with_parent(options.parent, signal.SIGKILL)
     config = settings.load()
@@ -379,6 +389,8 @@ def main(argv: list[str] | None = None) -> int:
     writer = Writer(config, config.database_url, options.index, beat)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, writer.stop)
+    if options.drain:
+        writer.stop()
     writer.run()
     return 0
 

@@ -29,7 +29,6 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_read') THEN
         GRANT SELECT ON telemetry, ingest_progress, orbitstream_database TO orbitstream_read;
-        ALTER ROLE orbitstream_read SET statement_timeout = '30s';
     END IF;
 EXCEPTION
     WHEN insufficient_privilege THEN

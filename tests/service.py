@@ -181,11 +181,15 @@ class Service:
     def writers(self) -> list[int]:
         return [pid for pid in children(self.pid) if "engine.writer" in command_line(pid)]
 
+    def arbiters(self) -> list[int]:
+        return [pid for pid in children(self.pid) if "gunicorn" in command_line(pid)]
+
     def arbiter(self) -> int:
-        return next(pid for pid in children(self.pid) if "gunicorn" in command_line(pid))
+        (pid,) = self.arbiters()
+        return pid
 
     def workers(self) -> list[int]:
-        return children(self.arbiter())
+        return [worker for arbiter in self.arbiters() for worker in children(arbiter)]
 
     def everything(self) -> list[int]:
         found, todo = [], [self.pid]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -18,65 +16,8 @@ import psycopg
 import pytest
 
 from engine.embedded import EmbeddedPostgres
+from tests.load import assert_exactly_once, loads_on
 from tests.service import POINT, Service, children, command_line, eventually, is_gone, kill
-
-
-class Load(threading.Thread):
-    """Post batches until told to stop; remembers for each (satellite_id, sequence) what came of it."""
-
-    def __init__(self, service: Service, name: str, batch: int = 50) -> None:
-        super().__init__(daemon=True)
-        self.service, self.label, self.batch = service, name, batch
-        self.accepted: set[str] = set()
-        self.unknown: set[str] = set()
-        self.refused = 0
-        self.longest_gap = 0.0
-        self.stopping = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        number, last = 0, time.monotonic()
-        while not self.stopping.is_set():
-            names = [f"{self.label}-{number}-{index}" for index in range(self.batch)]
-            number += 1
-            try:
-                status, _, _ = self.service.post(
-                    "/telemetry/batch", [{**POINT, "satellite_id": name} for name in names]
-                )
-            except (OSError, http.client.HTTPException, ValueError):  # cut off, perhaps within the answer
-                status = 0
-            if status == 202:
-                self.accepted.update(names)
-                self.longest_gap = max(self.longest_gap, time.monotonic() - last)
-                last = time.monotonic()
-            elif status == 503:
-                self.refused += 1
-            else:
-                self.unknown.update(names)
-
-    def stop(self) -> None:
-        self.stopping.set()
-        self.join(30)
-        assert not self.is_alive()
-
-
-def assert_exactly_once(service: Service, loads: list[Load]) -> None:
-    """Accepted: one row. Unknown: one row or none. Nothing else."""
-    stored = [row[0] for row in service.query("SELECT satellite_id FROM telemetry")]
-    found = set(stored)
-    accepted = set().union(*(load.accepted for load in loads))
-    unknown = set().union(*(load.unknown for load in loads))
-    assert accepted, "the load never got through"
-    assert accepted - found == set(), "lost"
-    assert len(stored) == len(found), "duplicated"
-    assert found - accepted - unknown == set(), "stored though refused or never sent"
-
-
-def loads_on(service: Service, count: int = 3) -> list[Load]:
-    loads = [Load(service, f"L{index}") for index in range(count)]
-    eventually(lambda: all(len(load.accepted) > 100 for load in loads), 20, "load")
-    return loads
-
 
 # -- the plan's own lines
 

@@ -32,8 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "health": {"heartbeat", "lanes", "timestamps"},
     "app": {"decode", "health", "keys", "lanes", "limits", "problems", "producer", "ring", "rows", "timestamps"},
     "dead_letters": {"rows"},
-    "keys": {"dead_letters"},
-    "drain": {"copy_format", "dead_letters", "keys", "rows", "timestamps"},
+    "keys": set(),
+    "settlement": {"dead_letters", "keys"},
+    "drain": {"copy_format", "dead_letters", "rows", "settlement", "timestamps"},
     "migrate": set(),
     "maintenance": {"migrate"},
     "connection": set(),
@@ -42,9 +43,12 @@ ALLOWED: dict[str, set[str]] = {
     "embedded_home": {"installations"},
     "embedded": {"embedded_home", "installations"},
     "supervisor": {"heartbeat", "lanes"},
+    "verify": {"consumer", "lanes", "ring"},
+    "operate": {"consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "verify"},
     "demo": {"embedded", "heartbeat", "lanes"},
     "__main__": {
-        "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "supervisor", "writer",
+        "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate", "supervisor",
+        "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "failpoints", "__init__"}

@@ -1,0 +1,183 @@
+"""Commands for the operator of a running system: verify, lanes list|resume, dead-letters list|replay|purge."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+
+from engine import dead_letters, lanes, migrate, verify
+from engine.consumer import Consumer, SealedConsumer
+from engine.embedded import running_dsn
+from engine.ring import Lane, boot_id
+from engine.settings import Settings
+
+CLAIM_S: Final = 10.0
+
+
+class OperateError(Exception):
+    """A command that cannot do what it was asked to; the text says why and what to do."""
+
+
+@contextmanager
+def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
+    """Connect to the database of the running service, also when that is the embedded one."""
+    url = config.database_url or running_dsn(config.home)
+    if url is None:
+        raise OperateError(
+            "no database: set DATABASE_URL, or start the service, whose embedded PostgreSQL is not running"
+        )
+    try:
+        with migrate.connect(url, "orbitstream-operate") as opened:
+            yield opened
+    except psycopg.OperationalError as error:
+        raise OperateError(f"cannot use the database: {' '.join(str(error).split())}") from error
+    except psycopg.errors.UndefinedTable as error:
+        raise OperateError("the database has no OrbitStream schema: run `orbitstream migrate`") from error
+
+
+def verify_command(config: Settings, options: argparse.Namespace) -> int:
+    """Print the conservation equation for each lane and in total; exit 1 when it does not hold."""
+    with connection(config) as database:
+        try:
+            parts = list(verify.balances(database, config.lane_dir))
+        except verify.VerifyError as error:
+            raise OperateError(str(error)) from error
+        counted = verify.deep(database) if options.deep else None
+    whole = verify.total(parts)
+    fine = all(part.holds for part in parts) and (counted is None or counted[0] == counted[1])
+    if options.json:
+        report: dict[str, Any] = {"holds": fine, "lanes": [part.as_dict() for part in parts], "total": whole.as_dict()}
+        if counted is not None:
+            report["deep"] = {"ledger_rows": counted[0], "table_rows": counted[1]}
+        print(json.dumps(report))
+        return 0 if fine else 1
+    for part in [*parts, whole]:
+        print(
+            f"{part.lane}: published {part.published} = committed {part.committed} + deduplicated {part.deduplicated}"
+            f" + dead-lettered {part.dead_lettered} + queued {part.queued}, residual {part.residual}"
+        )
+    if counted is not None:
+        print(f"ledger says {counted[0]} rows, telemetry has {counted[1]}")
+    return 0 if fine else 1
+
+
+def lanes_command(config: Settings, options: argparse.Namespace) -> int:
+    """List the lanes, or let one that was stopped go on."""
+    if options.action == "resume":
+        if options.lane is None:
+            raise OperateError("which lane? `orbitstream lanes list` shows them")
+        with connection(config) as database:
+            print(resume(database, config.lane_dir, options.lane))
+        return 0
+    rows = [_describe(path) for path in [*lanes.lane_files(config.lane_dir), *lanes.archived(config.lane_dir)]]
+    if options.json:
+        print(json.dumps(rows))
+    for row in rows if not options.json else []:
+        words = f"{row['state']:<8} {row['fill']:>6.1%} full {row['queued_points']:>10} queued"
+        print(f"{row['name']:<42} {words}  uuid {row['uuid']}  database {row['database'] or '-'}")
+    return 0
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    lane = Lane(path)
+    sealed = lane.boot != boot_id()
+    state = "archived" if path.parent.name == lanes.ARCHIVE else "sealed" if sealed or lane.closed else "live"
+    row = {
+        "name": path.name,
+        "uuid": str(lane.uuid),
+        "state": state,
+        "fill": 0.0 if state == "archived" else round(lane.fill, 4),
+        "queued_points": 0 if state == "archived" else lane.queued_points,
+        "published_points": lane.published.points,
+        "answered_points": lane.answered_points,
+        "database": str(lane.database) if lane.database else None,
+    }
+    lane.close()
+    return row
+
+
+def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
+    """Let a lane go on after the database went back in time; returns what was done, in words.
+
+    A live lane goes on from where it was drained to: what the restore took away of it is no longer in the lane. A
+    sealed or archived lane, whose bytes never change, is drained again from where the ledger is.
+    """
+    path = _find(folder, wanted)
+    was_archived = path.parent.name == lanes.ARCHIVE
+    if was_archived:
+        path = lanes.bring_back(path)
+    consumer, lock = _claim(path)
+    try:
+        lane = consumer.lane
+        if was_archived or isinstance(consumer, SealedConsumer):
+            database.execute(
+                "INSERT INTO ingest_progress (lane, node) VALUES (%s, '-') ON CONFLICT DO NOTHING", [lane.uuid]
+            )
+            consumer.resume()
+            return f"{wanted}: drains again from where the ledger is"
+        done = database.execute(
+            "INSERT INTO ingest_progress AS p (lane, position, node) VALUES (%s, %s, '-')"
+            " ON CONFLICT (lane) DO UPDATE SET position = excluded.position WHERE p.position < excluded.position",
+            [lane.uuid, lane.tail],
+        ).rowcount
+        if not done:
+            return f"{wanted}: nothing to do, the ledger is not behind it"
+        return f"{wanted}: goes on from position {lane.tail}, to which it was drained"
+    finally:
+        consumer.lane.close()
+        lock.release()
+
+
+def _find(folder: Path, wanted: str) -> Path:
+    for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
+        lane = Lane(path)
+        try:
+            if wanted in (path.name, path.stem, str(lane.uuid)):
+                return path
+        finally:
+            lane.close()
+    raise OperateError(f"there is no lane {wanted} in {folder}: `orbitstream lanes list` shows them")
+
+
+def _claim(path: Path) -> tuple[Consumer, lanes.Lock]:
+    """Take the consumer end; a writer that stopped the lane lets go of it within moments."""
+    deadline = time.monotonic() + CLAIM_S
+    while True:
+        claimed = lanes.claim_consumer(path)
+        if claimed is not None:
+            return claimed
+        if time.monotonic() > deadline:
+            raise OperateError(f"{path.name} is being drained by a writer: only a stopped lane is resumed")
+        time.sleep(0.05)
+
+
+def dead_letters_command(config: Settings, options: argparse.Namespace) -> int:
+    """List, replay or purge dead letters."""
+    with connection(config) as database:
+        if options.action == "purge":
+            count = dead_letters.purge(database, options.ids, replayed=not options.ids)
+            print(f"purged {count} dead letters")
+            return 0
+        if options.action == "replay":
+            stored, refused = dead_letters.replay(database, options.ids or None)
+            for line in refused:
+                print(f"refused again: {line}")
+            print(f"replayed {stored} dead letters, {len(refused)} refused again")
+            return 1 if refused else 0
+        letters = dead_letters.waiting(database, options.limit)
+    for letter in letters:
+        if options.json:
+            print(json.dumps(letter, default=str))
+        else:
+            identity = f"{letter['point']['satellite_id']} {letter['point']['time']}"
+            print(f"{letter['id']}  {letter['reason']} {letter['sqlstate'] or ''}  {identity}  {letter['detail']}")
+    if not letters and not options.json:
+        print("no dead letters")
+    return 0

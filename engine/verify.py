@@ -1,0 +1,120 @@
+"""The conservation equation of a live system: published = committed + deduplicated + dead-lettered + queued.
+
+Each term has its own source: published from the lane's header, the settled three from the ledger, queued by walking the
+records in the lane. `answered <= published` is checked besides, since a kill may fall between the two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+
+from engine import lanes
+from engine.consumer import SealedConsumer
+from engine.ring import Lane, boot_id
+
+ATTEMPTS: Final = 200
+"""Looks at one lane until its words and the ledger stood still for the time of a look."""
+
+
+class VerifyError(Exception):
+    """A lane that moved too fast to be looked at; try again under less load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """One lane's terms, in points."""
+
+    lane: str
+    published: int
+    committed: int
+    deduplicated: int
+    dead_lettered: int
+    queued: int
+    answered: int
+
+    @property
+    def residual(self) -> int:
+        return self.published - self.committed - self.deduplicated - self.dead_lettered - self.queued
+
+    @property
+    def holds(self) -> bool:
+        return self.residual == 0 and self.answered <= self.published
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "residual": self.residual}
+
+
+def balances(connection: psycopg.Connection[Any], folder: Path) -> Iterator[Balance]:
+    """Yield the balance of each lane, archived ones included."""
+    for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
+        lane = Lane(path)
+        try:
+            yield _balance(connection, lane)
+        finally:
+            lane.close()
+
+
+def _balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
+    """Look at ledger, header and records until all three are of one moment.
+
+    The order makes it so: the ledger's position S first, then head and its counters, then the records from S to head.
+    If those were freed and overwritten meanwhile, the walk finds no valid record, and we look again.
+    """
+    for _ in range(ATTEMPTS):
+        row = connection.execute(
+            "SELECT position, committed_points, deduplicated_points, dead_lettered_points FROM ingest_progress"
+            " WHERE lane = %s",
+            [lane.uuid],
+        ).fetchone()
+        position, committed, deduplicated, dead_lettered = row or (0, 0, 0, 0)
+        answered = lane.answered_points
+        head, published = lane.snapshot
+        queued = _walk(lane, position, head)
+        if queued is not None:
+            settled = (committed, deduplicated, dead_lettered)
+            return Balance(lane.path.name, published.points, *settled, queued, answered)
+        time.sleep(0.01)
+    raise VerifyError(f"{lane.path.name} moves too fast to be looked at: verify again under less load")
+
+
+def _walk(lane: Lane, position: int, head: int) -> int | None:
+    """Count the points of the records from `position` to `head`; None if they are no longer all there."""
+    if lane.boot != boot_id():
+        records = SealedConsumer(lane).read(position, 1 << 62, 1 << 62)
+        points = sum(record.points for record in records)
+        for record in records:
+            record.payload.release()
+        return points
+    points = 0
+    while position < head:
+        following = lane.next_record(position)
+        if following is None:
+            return None
+        following.payload.release()
+        points, position = points + following.points, following.end
+    return points
+
+
+def total(parts: list[Balance]) -> Balance:
+    """Return the sum over all lanes."""
+    names = ("published", "committed", "deduplicated", "dead_lettered", "queued", "answered")
+    return Balance("total", *(sum(getattr(part, name) for part in parts) for name in names))
+
+
+def deep(connection: psycopg.Connection[Any]) -> tuple[int, int]:
+    """Return (rows that the ledger says were committed or replayed, rows that telemetry has), of one snapshot.
+
+    They agree as long as no retention, and nobody else, has deleted or inserted rows.
+    """
+    row = connection.execute(
+        "SELECT (SELECT coalesce(sum(committed_points), 0) FROM ingest_progress)"
+        " + (SELECT count(*) FROM dead_letter WHERE replayed_at IS NOT NULL), (SELECT count(*) FROM telemetry)"
+    ).fetchone()
+    assert row is not None
+    return int(row[0]), int(row[1])
