@@ -10,7 +10,7 @@ demo: .venv/embedded  ## run database, service and simulator for 10 s and prove 
 	$(BIN)/orbitstream demo
 
 test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (under 5 minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit tests/integration
 
 crash: .venv/dev  ## 1,000 random kills under load, and each fault of the delivery contract (about 20 minutes)
 	ORBITSTREAM_CRASH_KILLS=$${KILLS:-1000} ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \
