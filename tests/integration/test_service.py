@@ -165,6 +165,15 @@ def test_a_stop_under_load_loses_nothing_and_exits_0(service: Service, signum: i
     assert "Traceback" not in service.output()
 
 
+def test_a_stop_flushes_what_still_waits(service: Service) -> None:
+    service.start(BATCH_SIZE="1000000", BATCH_TIMEOUT="60s")
+    for _ in range(10):
+        assert service.post("/telemetry", POINT)[0] == 202
+    assert service.count() == 0
+    assert service.stop() == 0
+    assert service.count() == 10
+
+
 def test_sighup_renews_the_workers_without_a_loss(service: Service) -> None:
     service.start()
     loads = loads_on(service)
