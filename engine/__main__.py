@@ -17,6 +17,7 @@ from typing import Any, Final
 from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, operate, process, settings, supervisor
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
+from engine.ring import LaneError
 from engine.settings import Settings
 
 USAGE: Final = 2
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"orbitstream: {error}", file=sys.stderr)
         return USAGE
     except (migrate.MigrationError, operate.OperateError) as error:
+        print(f"orbitstream: {error}", file=sys.stderr)
+        return 1
+    except (OSError, LaneError) as error:
         print(f"orbitstream: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -121,6 +125,7 @@ def _serve(config: Settings, options: argparse.Namespace) -> int:
     if options.parent is not None:
         process.die_with_parent(options.parent)
     lanes.prepare(config.lane_dir, config.durability)
+    lanes.check_room(config.lane_dir, config.workers, config.lane_bytes)
     with _sole_supervisor(config), supervisor.listen(config) as listener:
         host, port = listener.getsockname()[:2]
         if options.port_file is not None:

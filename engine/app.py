@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 import falcon
@@ -14,7 +16,7 @@ from engine.health import describe
 from engine.limits import Limits
 from engine.problems import Problem
 from engine.producer import Producer
-from engine.ring import LaneFailedError, LaneFullError, RecordTooLargeError
+from engine.ring import LaneClosedError, LaneFailedError, LaneFullError, RecordTooLargeError
 from engine.rows import Columns
 from engine.settings import Settings
 from engine.timestamps import now_us
@@ -43,7 +45,10 @@ def read_body(request: falcon.Request, limit: int) -> bytes:
     wanted = limit + 1 if length is None else length
     pieces, got = [], 0
     while got < wanted:
-        piece = stream.read(min(READ_STEP, wanted - got))
+        try:
+            piece = stream.read(min(READ_STEP, wanted - got))
+        except Exception as error:  # whatever the server raises for broken chunks or a client that left
+            raise Problem("bad-request", "the body cannot be read to its end") from error
         if not piece:
             break
         pieces.append(piece)
@@ -78,9 +83,10 @@ def idempotency_key(request: falcon.Request, body: bytes) -> bytes:
 class Lane:
     """The lane of this worker as its resources see it: points go in, or one Problem comes out."""
 
-    def __init__(self, producer: Producer, lock: lanes.Lock) -> None:
-        self._producer = producer
-        self._lock = lock  # held as long as this object lives
+    def __init__(self, claim: Callable[[], tuple[Producer, lanes.Lock]]) -> None:
+        self._claim = claim
+        self._producer, self._lock = claim()  # the lock is held as long as this object lives
+        self._mutex = threading.Lock()
 
     def has_room(self) -> bool:
         """Tell whether the largest record there may be has room now."""
@@ -93,15 +99,27 @@ class Lane:
 
     def publish(self, payload: list[bytes], points: int, time_us: int, key: bytes) -> None:
         """Commit one request as one record. Any other exception than Problem leaves its outcome unknown."""
+        producer = self._producer
         try:
-            self._producer.publish(payload, points, time_us, key)
+            try:
+                producer.publish(payload, points, time_us, key)
+            except LaneClosedError:  # a writer closed it: it is of another database, say
+                producer = self._take_another(producer)
+                producer.publish(payload, points, time_us, key)
         except LaneFullError as error:
             raise Problem("lane-full", str(error), headers=self.retry_after()) from error
         except LaneFailedError as error:
             raise Problem("lane-failed", str(error)) from error
         except RecordTooLargeError as error:
             raise Problem("too-large", str(error)) from error
-        self._producer.answered(points)
+        producer.answered(points)
+
+    def _take_another(self, closed: Producer) -> Producer:
+        with self._mutex:
+            if self._producer is closed:
+                self._lock.release()
+                self._producer, self._lock = self._claim()
+            return self._producer
 
 
 class TelemetryResource:
@@ -214,6 +232,5 @@ def create_app() -> falcon.App[falcon.Request, falcon.Response]:
     config = settings.load()
     lanes.prepare(config.lane_dir, config.durability)
     durable = config.durability == "disk"
-    return build(
-        config, Lane(*lanes.claim_producer(config.lane_dir, config.lane_bytes, rows.layout(), durable=durable))
-    )
+    claim = partial(lanes.claim_producer, config.lane_dir, config.lane_bytes, rows.layout(), durable=durable)
+    return build(config, Lane(claim))

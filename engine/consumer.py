@@ -36,6 +36,8 @@ class Consumer:
     earlier boot wants a SealedConsumer.
     """
 
+    sealed = False
+
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
 
@@ -73,6 +75,10 @@ class Consumer:
             hit("drain-before-tail")
         words[TAIL] = position
 
+    def close(self) -> None:
+        """Let nobody append to this lane any more: its producer takes another one."""
+        self.lane.words[CLOSED] = 1
+
     def set_bound(self, points: int) -> None:
         """Remember how many points the next transaction may hold, over a restart of the writer."""
         self.lane.words[BOUND] = points
@@ -82,7 +88,7 @@ class Consumer:
 
         For a lane that nobody appends to; it is marked so.
         """
-        self.lane.words[CLOSED] = 1
+        self.close()
         self.lane.words[RESUMED] = 1
 
     def set_database(self, database: uuid.UUID) -> None:
@@ -93,6 +99,8 @@ class Consumer:
 
 class SealedConsumer(Consumer):
     """A Consumer for a lane that nobody appends to any more; `head` and `tail` play no part in what it reads."""
+
+    sealed = True
 
     def __init__(self, lane: Lane) -> None:
         super().__init__(lane)

@@ -79,9 +79,11 @@ class Decoder:
 
     def ndjson_batch(self, body: bytes, now_us: int) -> Columns:
         """Decode one JSON object a line; blank lines are skipped."""
-        points = []
+        points: list[Any] = []
         for number, line in enumerate(body.split(b"\n"), 1):
             if line and not line.isspace():
+                if len(points) > self.max_points:
+                    break
                 try:
                     points.append(orjson.loads(line))
                 except orjson.JSONDecodeError as error:
@@ -94,7 +96,7 @@ class Decoder:
             raise DecodeError("invalid-point", fault.detail, [fault])
         if len(points) > self.max_points:
             raise DecodeError(
-                "too-many-points", f"{len(points)} points in one request, at most {self.max_points} are taken"
+                "too-many-points", f"more points in one request than the {self.max_points} that are taken"
             )
         columns = self._columns(points, now_us)
         return self._one_by_one(points, now_us) if columns is None else columns

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import psycopg
 
-from engine import heartbeat, lanes, settings
+from engine import heartbeat, process, settings
 from engine.embedded import EmbeddedPostgres
 from engine.settings import Settings
 
@@ -148,8 +148,9 @@ def add_command(commands: Any) -> None:
 
 def run(config: Settings, options: argparse.Namespace) -> int:
     """Run the demo; exit code 1 if a point was lost, duplicated or invented."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    home, lane_dir = _private_folder(config.home), Path(tempfile.mkdtemp(prefix="orbitstream-demo-", dir="/dev/shm"))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+    home, lane_dir = _private_folder(config.home), _private_folder(Path("/dev/shm"), "orbitstream-demo", 0o700)
     try:
         result = _run_in(home, lane_dir, options)
     except DemoError as error:
@@ -172,17 +173,15 @@ def run(config: Settings, options: argparse.Namespace) -> int:
     return 0 if comparison.clean and comparison.accepted else 1
 
 
-def _private_folder(home: Path) -> Path:
-    """Make a database home for this run; folders of demos that were killed are removed on the way."""
-    home.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for old in home.glob("demo-*"):
-        lock = lanes.Lock(old.with_suffix(".lock"))
-        if not old.name.endswith(".lock") and lock.acquire():
+def _private_folder(parent: Path, name: str = "demo", mode: int = 0o755) -> Path:
+    """Make a folder for this run, named by its process; those of demos that were killed are removed on the way."""
+    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for old in parent.glob(f"{name}-*"):
+        pid = old.name.rpartition("-")[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not Path("/proc", pid).exists()):
             shutil.rmtree(old, ignore_errors=True)
-            lock.path.unlink(missing_ok=True)
-            lock.release()
-    folder = home / f"demo-{os.getpid()}"
-    folder.mkdir(mode=0o755)
+    folder = parent / f"{name}-{os.getpid()}"
+    folder.mkdir(mode=mode)
     return folder
 
 
@@ -298,7 +297,13 @@ def _simulate(url: str, sent_log: Path, options: argparse.Namespace) -> dict[str
     command = [sys.executable, "-P", "-m", "simulator", "--json"]
     for flag, value in flags.items():
         command += [flag, str(value)]
-    simulator = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    ours = os.getpid()
+    simulator = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: process.die_with_parent(ours, signal.SIGTERM),
+    )
     try:
         output, _ = simulator.communicate()
     except KeyboardInterrupt:

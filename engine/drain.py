@@ -81,8 +81,13 @@ class Source(Protocol):
 
     @property
     def lane(self) -> Lane: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def sealed(self) -> bool: ...
     def read(self, position: int, max_points: int, max_bytes: int) -> Sequence[SourceRecord]: ...
     def free(self, position: int, settled_points: int) -> None: ...
+    def close(self) -> None: ...
     def set_database(self, database: UUID) -> None: ...
 
 
@@ -123,6 +128,7 @@ def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> No
     if row is None:
         raise LaneStoppedError("the database has lost its identity (orbitstream_database is empty)")
     if lane.database is not None and lane.database != row[0]:
+        source.close()  # what comes from now on goes into a lane of this database
         raise LaneStoppedError(
             f"it was drained into database {lane.database}, this one is {row[0]}: set DATABASE_URL to the former, "
             "or move the lane away"
@@ -176,6 +182,12 @@ def drain(
     _compare(lane, found[0] if found else None)
     assert found is not None
     progress = Progress(*found)
+    if progress.position > source.end and not source.sealed:
+        source.close()
+        raise LaneStoppedError(
+            f"the lane went back in time: it ends at {source.end}, the ledger is at {progress.position}. Was an older "
+            "copy of the lane directory put back? What was published into it since is kept in the file"
+        )
     if progress.position > lane.tail:  # an earlier writer died between COMMIT and its store of the tail
         source.free(progress.position, progress.settled)
     records = source.read(

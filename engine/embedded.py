@@ -16,7 +16,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg import pq
 
-from engine.embedded_home import ROLE, Home
+from engine.embedded_home import ROLE, SOCKET_NAME, Home
 from engine.installations import EmbeddedError, Installation, choose_installation, find_installations
 
 DATABASE = "orbitstream"
@@ -145,6 +145,8 @@ class EmbeddedPostgres:
                 # The number now names another program, or a zombie: PostgreSQL would take it for a live server and
                 # refuse. Backends that outlived their postmaster it still finds by their shared memory.
                 pid_file.unlink()
+                for name in (SOCKET_NAME, f"{SOCKET_NAME}.lock"):
+                    (Path(socket) if socket else self._home.socket).joinpath(name).unlink(missing_ok=True)
             return False
         self.postmaster_pid = pid
         if self._die_with_parent:  # that signal can only be asked for by the process itself

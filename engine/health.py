@@ -28,7 +28,7 @@ def describe(config: Settings) -> dict[str, Any]:
         lane.close()
     stopped = sum(beat.stopped_lanes for beat in alive)
     report = {
-        "status": "healthy" if connected and not stopped else "degraded",
+        "status": "healthy" if len(connected) >= config.writer_count and not stopped else "degraded",
         "database": "connected" if connected else "away" if alive else "unknown",
         "edition": connected[0].edition if connected else "unknown",
         "writers": {"alive": len(alive), "expected": config.writer_count},

@@ -14,21 +14,26 @@ never hold locks on two inodes of one name.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from engine.consumer import Consumer, SealedConsumer
 from engine.producer import Producer
-from engine.ring import Lane, LaneError, boot_id, create
+from engine.ring import Lane, LaneError, boot_id, create, whole_pages
 
 MAX_LANES: Final = 1000
 ARCHIVE: Final = "archive"
 _NAME = re.compile(r"lane-\d{4}\.ring")
+
+
+log = logging.getLogger("orbitstream.lanes")
 
 
 class LaneDirError(Exception):
@@ -50,9 +55,10 @@ class Lock:
         except BlockingIOError:
             os.close(fd)
             return False
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         self._fd = fd
+        with suppress(OSError):  # for an error message of somebody else: a full disk must not keep us from the lock
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         return True
 
     def holder(self) -> str:
@@ -77,23 +83,35 @@ def prepare(folder: Path, durability: str = "process") -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
-        raise LaneDirError(f"cannot make the lane directory {folder}: {error.strerror}") from error
+        raise LaneDirError(f"ORBITSTREAM_LANE_DIR: cannot make {folder}: {error.strerror}") from error
     if not stat.S_ISDIR(status.st_mode):
-        raise LaneDirError(f"the lane directory {folder} is not a directory")
+        raise LaneDirError(f"ORBITSTREAM_LANE_DIR: {folder} is not a directory")
     if status.st_uid != os.geteuid():
-        raise LaneDirError(f"the lane directory {folder} belongs to user {status.st_uid}, we are {os.geteuid()}")
+        raise LaneDirError(f"ORBITSTREAM_LANE_DIR: {folder} belongs to user {status.st_uid}, we are {os.geteuid()}")
     if status.st_mode & 0o022:
-        raise LaneDirError(f"the lane directory {folder} can be written by others: chmod 700 {folder}")
+        raise LaneDirError(f"ORBITSTREAM_LANE_DIR: {folder} can be written by others: name a folder of its own")
     probe = folder / f".probe-{os.getpid()}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise LaneDirError(f"the lane directory {folder} cannot be written: {error.strerror}") from error
+        raise LaneDirError(f"ORBITSTREAM_LANE_DIR: {folder} cannot be written: {error.strerror}") from error
     if durability != "process" and _file_system(folder) in ("tmpfs", "ramfs"):
         raise LaneDirError(
             f"ORBITSTREAM_DURABILITY={durability} cannot be kept in {folder}, which is memory: "
             "set ORBITSTREAM_LANE_DIR to a folder on a disk"
+        )
+
+
+def check_room(folder: Path, lanes_wanted: int, capacity: int) -> None:
+    """Raise LaneDirError if the file system has no room for so many lanes, counting those that are there."""
+    present = sum(path.stat().st_size for path in lane_files(folder))
+    room = os.statvfs(folder)
+    missing = lanes_wanted * capacity - present - room.f_bavail * room.f_frsize
+    if missing > 0:
+        raise LaneDirError(
+            f"ORBITSTREAM_LANE_BYTES={capacity}: {lanes_wanted} lanes do not fit into {folder}, {missing} bytes are "
+            "missing: free some space, or set ORBITSTREAM_LANE_BYTES or ORBITSTREAM_LANE_DIR"
         )
 
 
@@ -117,12 +135,13 @@ def lane_files(folder: Path) -> list[Path]:
 
 
 def open_lanes(folder: Path) -> Iterator[Lane]:
-    """Map each lane of `folder` in turn, for a look at its words; the caller closes each."""
+    """Map each readable lane of `folder` in turn, for a look at its words; the caller closes each.
+
+    A file that is no lane is left out: the writers say so, and count it as a stopped lane.
+    """
     for path in lane_files(folder):
-        try:
+        with suppress(OSError, LaneError):
             yield Lane(path)
-        except FileNotFoundError:  # archived between the listing and now
-            continue
 
 
 def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool = False) -> tuple[Producer, Lock]:
@@ -140,7 +159,11 @@ def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool 
             continue
         if not path.exists():
             _create(path, capacity, layout, boot)
-        producer = _adopt(Lane(path), boot, layout, capacity, durable=durable)
+        try:
+            producer = _adopt(Lane(path), boot, layout, capacity, durable=durable)
+        except (OSError, LaneError) as error:
+            log.error("left aside: %s", error)
+            producer = None
         if producer is not None:
             return producer, lock
         lock.release()
@@ -149,9 +172,9 @@ def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool 
 
 def _adopt(lane: Lane, boot: bytes, layout: bytes, capacity: int, *, durable: bool) -> Producer | None:
     """Return the producer of a lane that may be appended to; the caller holds its producer lock."""
-    producer = Producer(lane, durable=durable)
-    if lane.boot == boot and not lane.closed and lane.layout == layout and lane.capacity == capacity - capacity % 4096:
-        if not durable or lane.synced == lane.head:
+    if lane.boot == boot and not lane.closed and lane.layout == layout:
+        producer = Producer(lane, durable=durable)
+        if lane.capacity == whole_pages(capacity) and (not durable or lane.synced == lane.head):
             return producer
         producer.close()
     lane.close()

@@ -88,7 +88,9 @@ def find_edition(connection: psycopg.Connection[Any]) -> Edition:
 
 def connect(url: str, application: str) -> psycopg.Connection[Any]:
     """Open a connection for schema work, in autocommit."""
-    return psycopg.connect(url, autocommit=True, connect_timeout=5, application_name=application)
+    return psycopg.connect(
+        url, autocommit=True, connect_timeout=5, application_name=application, client_encoding="utf8"
+    )
 
 
 def pending(connection: psycopg.Connection[Any], edition: Edition) -> list[Migration]:
@@ -118,12 +120,24 @@ def migrate(settings: Settings, url: str, say: Callable[[str], None]) -> Edition
     Each migration is one transaction: one that fails leaves the version before it in place. Raises MigrationError, or
     psycopg.OperationalError when the database cannot be reached.
     """
+    try:
+        return _migrate(settings, url, say)
+    except psycopg.OperationalError:
+        raise
+    except psycopg.Error as error:
+        raise MigrationError(f"the migrating account cannot do what it must: {_first_line(error)}") from error
+
+
+def _migrate(settings: Settings, url: str, say: Callable[[str], None]) -> Edition:
     with connect(url, "orbitstream-migrate") as connection:
         connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
         try:
             connection.execute("SELECT pg_advisory_lock(%s)", [ADVISORY_LOCK])
         except psycopg.errors.LockNotAvailable as error:
             raise MigrationError(f"another migration has been running for {LOCK_TIMEOUT_S} s: wait for it") from error
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise MigrationError(f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'")
         _enable_timescaledb(connection, say)
         edition = find_edition(connection)
         say(str(edition))

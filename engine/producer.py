@@ -23,6 +23,7 @@ from engine.ring import (
     SYNCED,
     TAIL,
     Lane,
+    LaneClosedError,
     LaneFailedError,
     LaneFullError,
     RecordTooLargeError,
@@ -46,14 +47,17 @@ class Producer:
     def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> int:
         """Commit one record and return the new head; all or nothing. With `durable`, it is on the disk then.
 
-        `payload` is written piece after piece. Raises LaneFullError, LaneFailedError or RecordTooLargeError before the
-        first byte is written; after any other exception the record may be stored or not, and must not be denied.
+        `payload` is written piece after piece. Raises LaneFullError, LaneFailedError, LaneClosedError or
+        RecordTooLargeError before the first byte is written; after any other exception the record may be stored or
+        not, and must not be denied.
         """
         with self._mutex:
             if self._failed:
                 raise LaneFailedError(
                     f"{self.lane.path.name} is stopped: a write to its disk failed; restart the service"
                 )
+            if self.lane.closed:
+                raise LaneClosedError(f"{self.lane.path.name} is closed")
             end = self._publish(payload, points, time_us, key)
         if self.durable:
             self._sync(end)

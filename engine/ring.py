@@ -85,6 +85,10 @@ class LaneFailedError(LaneError):
     """The lane is fail-stopped: an fdatasync failed, and what the disk holds is not known; nothing was written."""
 
 
+class LaneClosedError(LaneError):
+    """Nobody may append to this lane any more; nothing was written. Take another one."""
+
+
 class LaneCorruptError(LaneError):
     """A record below `head` does not hold what was published; the lane must not be drained further."""
 
@@ -116,13 +120,18 @@ def padded(length: int) -> int:
     return (length + 7) & ~7
 
 
+def whole_pages(capacity: int) -> int:
+    """Return the size that a lane asked for with `capacity` bytes has."""
+    return capacity - capacity % mmap.PAGESIZE
+
+
 def create(path: Path, capacity: int, layout: bytes, boot: bytes) -> None:
     """Make a lane file at `path`, which must not exist; complete and synced before its name appears.
 
     `capacity` in bytes is rounded down to whole pages. Raises LaneError for a bad size, OSError (ENOSPC) when the
     file system has no room: the space is allocated here, so that no later store can end in SIGBUS.
     """
-    capacity -= capacity % mmap.PAGESIZE
+    capacity = whole_pages(capacity)
     if capacity < MIN_CAPACITY:
         raise LaneError(f"a lane of {capacity} bytes is too small: give at least {MIN_CAPACITY}")
     if len(layout) > MAX_LAYOUT_BYTES:

@@ -89,6 +89,8 @@ def _switch(text: str) -> bool:
 
 
 def _folder(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("must not be empty")
     return Path(text).expanduser().absolute()
 
 
@@ -262,6 +264,8 @@ def load(environ: Mapping[str, str] | None = None, **overrides: str | None) -> S
         given[variable] = text
         try:
             values[item.name] = item.metadata["parse"](text)
+            if isinstance(values[item.name], Path):
+                given[variable] = str(values[item.name])  # children have another working directory
         except ValueError as error:
             shown = "" if "URL" in variable else f"={text!r}"
             raise SettingError(f"{variable}{shown} {error}") from None

@@ -300,6 +300,10 @@ def _reason(code: int) -> str:
 def listen(config: Settings) -> socket.socket:
     """Bind and listen on the configured address; raises SettingError that names the variable if it cannot be had."""
     try:
+        socket.getaddrinfo(config.host, None)
+    except OSError as error:
+        raise settings.SettingError(f"ORBITSTREAM_HOST={config.host!r} is not an address of this machine") from error
+    try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:

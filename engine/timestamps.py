@@ -75,7 +75,7 @@ def parse_all(texts: Sequence[str]) -> NDArray[np.int64] | None:
         return None
     chars = np.frombuffer(joined.encode(), np.uint8).reshape(-1, width)
     first = texts[0]
-    zone = width - 1 if first[-1] == "Z" else width - 6
+    zone = width - 1 if first[-1] in "Zz" else width - 6
     separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width)]
     expected = np.frombuffer(first.encode(), np.uint8)
     if _SHAPE.fullmatch(first) is None or not (chars[:, separators] == expected[separators]).all():
@@ -84,14 +84,17 @@ def parse_all(texts: Sequence[str]) -> NDArray[np.int64] | None:
     digits[:, [column for column in separators if column < zone]] = 0
     if digits.max() > 9:
         return None
-    return _combine(digits, zone, _offset_us(first[zone:]))
+    offset_us = _offset_us(first[zone:])
+    return None if offset_us is None else _combine(digits, zone, offset_us)
 
 
-def _offset_us(zone: str) -> int:
-    if zone == "Z":
+def _offset_us(zone: str) -> int | None:
+    if zone in "Zz":
         return 0
-    minutes = int(zone[1:3]) * 60 + int(zone[4:6])
-    return (minutes if zone[0] == "+" else -minutes) * 60_000_000
+    hours, minutes = int(zone[1:3]), int(zone[4:6])
+    if hours > 23 or minutes > 59:
+        return None
+    return (hours * 60 + minutes) * (60_000_000 if zone[0] == "+" else -60_000_000)
 
 
 def _combine(digits: NDArray[np.uint8], zone: int, offset_us: int) -> NDArray[np.int64] | None:

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import psycopg
 
 from engine import heartbeat, lanes, logs, process, rows, settings
@@ -35,6 +34,7 @@ from engine.heartbeat import Heartbeat, State
 from engine.migrate import find_edition
 from engine.ring import Lane, LaneError
 from engine.settings import Settings
+from engine.summary import Summary
 from engine.timestamps import now_us
 
 SCAN_S: Final = 0.25
@@ -42,6 +42,9 @@ SCAN_S: Final = 0.25
 REST_S: Final = 10.0
 """A lane that is stopped is looked at again so often: its reason may have been mended."""
 SWEEP_S: Final = 3600.0
+PROBE_S: Final = 2.0
+PATIENT_AFTER: Final = 4
+"""Failures in a row from which on the time-outs double: a record that takes longer cannot be cut into smaller ones."""
 POLL_S: Final = 0.004
 """Between two looks at idle lanes: adds half of itself to the latency; 250 looks a second cost 0.5 % of a core."""
 
@@ -109,9 +112,9 @@ class Writer:
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
         self.failures = 0
-        self.next_attempt = self.next_scan = self.next_sweep = 0.0
+        self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
-        self.summary = Summary()
+        self.summary = Summary(log)
 
     def stop(self, *_: object) -> None:
         """Ask the loop to drain what is there and end (signal handler)."""
@@ -141,7 +144,9 @@ class Writer:
         """Take each lane that is ours by number, and any other that has been free for a while; let go of old ones."""
         for mine in [each for each in self.drains.values() if each.retirable(self.layout)]:
             self.finish(mine)
-        for path in lanes.lane_files(self.config.lane_dir):
+        paths = lanes.lane_files(self.config.lane_dir)
+        self.resting = {path: until for path, until in self.resting.items() if path in paths}
+        for path in paths:
             if path in self.drains or now < self.resting.get(path, now):
                 continue
             ours = int(path.stem.rpartition("-")[2]) % self.config.writer_count == self.index
@@ -229,7 +234,11 @@ class Writer:
             for path in lanes.forget_archived(self.config.lane_dir, self.config.archive_keep):
                 log.info("removed archived lane %s", path.name)
         for path in lanes.archived(self.config.lane_dir):
-            lane = Lane(path)
+            try:
+                lane = Lane(path)
+            except (LaneError, OSError) as error:
+                log.error("archived lane: %s", error)
+                continue
             try:
                 compare(lane, connection)
             except (LaneStoppedError, psycopg.Error) as error:
@@ -244,11 +253,22 @@ class Writer:
         patience = 0.0 if self.stop_at is not None else self.config.batch_timeout
         due = [each for each in self.drains.values() if each.due(now, self.config.batch_size, patience)]
         if not due and self.connection is not None:
+            self.probe(self.connection, now)
             return False
+        self.next_probe = now + PROBE_S
         stored = False
         while self.connected(time.monotonic()) and due:  # each lane has its turn, also when another's failed
             stored |= self.flush(due.pop(0))
         return stored
+
+    def probe(self, connection: Connection, now: float) -> None:
+        """See that an idle connection still has a database at its other end, for the sake of /health."""
+        if now >= self.next_probe:
+            self.next_probe = now + PROBE_S
+            try:
+                connection.execute("SELECT 1")
+            except psycopg.Error as error:
+                self.away(error)
 
     def flush(self, mine: Drain) -> bool:
         """Run one transaction for a lane; tell whether it settled anything."""
@@ -278,6 +298,8 @@ class Writer:
             self.resting.pop(mine.path, None)
             if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
                 log.error("%s lost records when the power went; its file is kept in the archive", mine.path.name)
+        if mine.failures >= PATIENT_AFTER:
+            connection.be_patient(mine.failures - PATIENT_AFTER + 1)
         begun = time.monotonic()
         try:
             flushed = drain(connection, consumer, mine.bound, self.beat.beat)
@@ -334,44 +356,6 @@ class Writer:
         del self.drains[mine.path]
         mine.let_go()
         self.rest(mine.path, why)
-
-
-class Summary:
-    """One line a second on what was stored, and a few warnings on what was anomalous."""
-
-    def __init__(self) -> None:
-        self.anomaly_log = logs.Limited(log)
-        self.alarms = logs.Limited(log, burst=1)
-        self.since = time.monotonic()
-        self.points = self.flushes = self.anomalies = 0
-
-    def add(self, flushed: Flush) -> None:
-        self.points += flushed.committed
-        self.flushes += 1
-        if flushed.columns is None:
-            return
-        anomalous = np.flatnonzero(flushed.columns.is_anomaly)
-        if len(anomalous) == 0:
-            return
-        self.anomalies += len(anomalous)
-        shown = anomalous[: max(0, self.anomaly_log.room())]
-        for index in shown.tolist():
-            values = " ".join(f"{name}={column[index]:g}" for name, column in flushed.columns.values.items())
-            identity = flushed.columns.satellite_id[index].decode(errors="replace")
-            self.anomaly_log.warning("anomaly satellite_id=%s %s", identity, values)
-        self.anomaly_log.hold(len(anomalous) - len(shown))
-
-    def tick(self, now: float) -> None:
-        if now - self.since >= 1.0:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.flushes:
-            log.info("inserted %d rows in %d flushes anomalies=%d", self.points, self.flushes, self.anomalies)
-        self.anomaly_log.flush()
-        self.alarms.flush()
-        self.since = time.monotonic()
-        self.points = self.flushes = self.anomalies = 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -153,6 +153,20 @@ def test_a_chunked_body_over_the_limit_is_refused(service: Service) -> None:
     assert b"too-large" in answer
 
 
+@pytest.mark.parametrize("chunks", [b"zz\r\n{}\r\n0\r\n\r\n", b"5\r\n{}", b"2\r\n{}XX0\r\n\r\n"])
+def test_broken_chunks_are_a_bad_request(service: Service, chunks: bytes) -> None:
+    head = (
+        b"POST /telemetry HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    assert raw(service, head + chunks).startswith(b"HTTP/1.1 400")
+
+
+def test_an_id_outside_ascii_is_stored_as_it_was_sent(service: Service) -> None:
+    assert service.post("/telemetry", {**POINT, "satellite_id": "é" * 25})[0] == 202
+    assert service.post("/telemetry/batch", [{**POINT, "satellite_id": "спутник"}] * 2)[0] == 202
+    eventually(lambda: len(rows(service, "é" * 25)) == 1 and len(rows(service, "спутник")) == 2)
+
+
 def test_a_body_cut_short_is_refused_and_not_stored(service: Service) -> None:
     body = json.dumps({**POINT, "satellite_id": "SHORT"}).encode()
     head = b"POST /telemetry HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

@@ -167,11 +167,13 @@ def test_a_stop_under_load_loses_nothing_and_exits_0(service: Service, signum: i
 
 def test_a_stop_flushes_what_still_waits(service: Service) -> None:
     service.start(BATCH_SIZE="1000000", BATCH_TIMEOUT="60s")
-    for _ in range(10):
+    posted = 0
+    while service.get("/health")[1]["queue"]["points"] < 10:  # what a lane has when it is first taken is stored at once
         assert service.post("/telemetry", POINT)[0] == 202
-    assert service.count() == 0
+        posted += 1
+    assert service.count() <= posted - 10
     assert service.stop() == 0
-    assert service.count() == 10
+    assert service.count() == posted
 
 
 def test_sighup_renews_the_workers_without_a_loss(service: Service) -> None:
@@ -366,6 +368,60 @@ def test_points_stay_in_the_lanes_over_a_stop_without_the_database(service: Serv
     assert service.run("drain").stdout.startswith("stored 0 points")
 
 
+def test_a_client_encoding_of_the_environment_changes_nothing(service: Service) -> None:
+    service.start(PGCLIENTENCODING="LATIN1")
+    assert service.post("/telemetry", {**POINT, "satellite_id": "é"})[0] == 202
+    eventually(lambda: service.query("SELECT satellite_id FROM telemetry") == [("é",)])
+
+
+def test_files_that_are_no_lanes_are_left_aside(service: Service, lane_dir: Path) -> None:
+    (lane_dir / "archive").mkdir()
+    for name in ("lane-0000.ring", "archive/x.ring"):
+        (lane_dir / name).touch()
+    service.start(healthy=False)
+    assert service.post("/telemetry", POINT)[0] == 202
+    eventually(lambda: service.count() == 1)
+    status, report, _ = service.get("/health")
+    assert (status, report["stopped_lanes"]) == (503, 1)
+    (lane_dir / "lane-0000.ring").unlink()
+    service.await_healthy()
+
+
+def test_a_relative_lane_directory_is_one_folder(service: Service, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "engine", "drain"],
+        env={**os.environ, **service.environment, "ORBITSTREAM_LANE_DIR": "lanes"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"0 left in {tmp_path}/lanes" in ended.stdout, ended.stderr
+    assert "must not be empty" in service.run("serve", ORBITSTREAM_LANE_DIR="").stderr
+
+
+def test_an_older_copy_of_the_lanes_is_not_taken_for_drained(service: Service, lane_dir: Path, tmp_path: Path) -> None:
+    def post(name: str) -> None:
+        assert service.post("/telemetry", {**POINT, "satellite_id": name})[0] == 202
+
+    service.start(ORBITSTREAM_WORKERS="1")
+    post("FIRST")
+    assert service.stop() == 0
+    shutil.copy(lane_dir / "lane-0000.ring", tmp_path)
+    service.start(ORBITSTREAM_WORKERS="1")
+    post("SECOND")
+    assert service.stop() == 0
+    shutil.copy(tmp_path / "lane-0000.ring", lane_dir)
+    service.start(healthy=False, ORBITSTREAM_WORKERS="1")
+    eventually(lambda: "the lane went back in time" in service.output(), 20)
+    post("THIRD")
+    eventually(
+        lambda: (
+            {name for (name,) in service.query("SELECT satellite_id FROM telemetry")} == {"FIRST", "SECOND", "THIRD"}
+        )
+    )
+
+
 def test_a_lane_never_drains_into_another_database(service: Service, server: str) -> None:
     service.start()
     service.post("/telemetry", POINT)
@@ -379,6 +435,8 @@ def test_a_lane_never_drains_into_another_database(service: Service, server: str
     service.start(healthy=False)
     eventually(lambda: "is stopped, its points are kept: it was drained into database" in service.output(), 20)
     assert service.count() == 0
+    assert service.post("/telemetry", POINT)[0] == 202  # into a new lane, which is of this database
+    eventually(lambda: service.count() == 1)
 
 
 def test_a_database_that_went_back_in_time_stops_the_lane(service: Service) -> None:

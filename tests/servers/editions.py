@@ -59,7 +59,7 @@ def apache() -> Iterator[str]:
             ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", "trixie", new], check=True
         )
         new.rename(CHROOT)
-    name, password, port = f"test-{os.getpid()}", secrets.token_hex(16), _free_port()
+    name, password, port = f"test-{secrets.token_hex(4)}", secrets.token_hex(16), _free_port()
     data = f"/var/lib/postgresql/{name}"
     settings = {
         "shared_preload_libraries": "timescaledb",

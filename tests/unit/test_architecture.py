@@ -38,17 +38,20 @@ ALLOWED: dict[str, set[str]] = {
     "migrate": set(),
     "maintenance": {"migrate"},
     "connection": set(),
-    "writer": {"connection", "consumer", "drain", "heartbeat", "lanes", "migrate", "ring", "rows", "timestamps"},
+    "summary": {"drain"},
+    "writer": {
+        "connection", "consumer", "drain", "heartbeat", "lanes", "migrate", "ring", "rows", "summary", "timestamps",
+    },
     "installations": set(),
     "embedded_home": {"installations"},
     "embedded": {"embedded_home", "installations"},
     "supervisor": {"heartbeat", "lanes"},
     "verify": {"consumer", "lanes", "ring"},
     "operate": {"consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "verify"},
-    "demo": {"embedded", "heartbeat", "lanes"},
+    "demo": {"embedded", "heartbeat"},
     "__main__": {
         "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate", "supervisor",
-        "writer",
+        "ring", "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "failpoints", "__init__"}

@@ -157,10 +157,17 @@ def test_timestamps(text: str, expected: int) -> None:
     assert parse(text) == expected
 
 
+@pytest.mark.parametrize("zone", ["+24:00", "+00:60", "-99:00"])
+def test_an_offset_that_does_not_exist_is_refused_in_a_batch_too(zone: str) -> None:
+    text = stamp()[:-1] + zone
+    assert parse_all([text]) is None
+    assert refusal(orjson.dumps([point(timestamp=text)] * 2), DECODER.json_batch).faults[0].code == "invalid-timestamp"
+
+
 @given(
     st.lists(st.integers(-62135596800 * 10**6 + DAY, 253402300799 * 10**6 - DAY), min_size=1, max_size=20),
     st.integers(0, 9),
-    st.sampled_from(["Z", "+00:00", "-07:30", "+23:59"]),
+    st.sampled_from(["Z", "z", "+00:00", "-07:30", "+23:59"]),
 )
 def test_many_timestamps_are_read_as_each_one_is(times: list[int], digits: int, zone: str) -> None:
     texts = []

@@ -107,7 +107,7 @@ def test_the_lane_directory_must_be_ours_alone(tmp_path: Path) -> None:
     open_to_all = tmp_path / "open"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    with pytest.raises(LaneDirError, match="chmod 700"):
+    with pytest.raises(LaneDirError, match="name a folder of its own"):
         lanes.prepare(open_to_all)
     (tmp_path / "file").touch()
     with pytest.raises(LaneDirError, match=str(tmp_path / "file")):
