@@ -274,6 +274,9 @@ class Writer:
         """Run one transaction for a lane; tell whether it settled anything."""
         assert self.connection is not None
         try:
+            if not mine.attached:
+                self.attach(self.connection, mine)
+                return False  # whether a flush is due is for the next pass to see
             flushed = self.attempt(self.connection, mine)
         except (LaneStoppedError, LaneError, rows.LayoutError) as error:
             self.stop_lane(mine, str(error))
@@ -286,18 +289,21 @@ class Writer:
             return False
         return True
 
-    def attempt(self, connection: Connection, mine: Drain) -> Flush | None:
+    def attach(self, connection: Connection, mine: Drain) -> None:
+        """Make sure that the lane and the database belong together, before its first flush on this connection."""
         consumer = mine.consumer
         if mine.blocked:
             ended = end_blocking_backend(connection, mine.lane.uuid)
             log.warning("%s: ended %d backends that held its ledger row", mine.path.name, ended)
             mine.blocked = False
-        if not mine.attached:
-            attach(connection, consumer, self.config.node)
-            mine.attached = True
-            self.resting.pop(mine.path, None)
-            if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
-                log.error("%s lost records when the power went; its file is kept in the archive", mine.path.name)
+        attach(connection, consumer, self.config.node)
+        mine.attached = True
+        self.resting.pop(mine.path, None)
+        if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
+            log.error("%s lost records when the power went; its file is kept in the archive", mine.path.name)
+
+    def attempt(self, connection: Connection, mine: Drain) -> Flush | None:
+        consumer = mine.consumer
         if mine.failures >= PATIENT_AFTER:
             connection.be_patient(mine.failures - PATIENT_AFTER + 1)
         begun = time.monotonic()

@@ -168,7 +168,7 @@ def test_a_stop_under_load_loses_nothing_and_exits_0(service: Service, signum: i
 def test_a_stop_flushes_what_still_waits(service: Service) -> None:
     service.start(BATCH_SIZE="1000000", BATCH_TIMEOUT="60s")
     posted = 0
-    while service.get("/health")[1]["queue"]["points"] < 10:  # what a lane has when it is first taken is stored at once
+    while service.get("/health")[1]["queue"]["points"] < 10:
         assert service.post("/telemetry", POINT)[0] == 202
         posted += 1
     assert service.count() <= posted - 10
