@@ -423,6 +423,7 @@ def test_an_older_copy_of_the_lanes_is_not_taken_for_drained(service: Service, l
 
 
 def test_a_lane_never_drains_into_another_database(service: Service, server: str) -> None:
+    service.environment["ORBITSTREAM_WORKERS"] = "1"
     service.start()
     service.post("/telemetry", POINT)
     eventually(lambda: service.count() == 1)
