@@ -137,15 +137,27 @@ def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> No
         connection.execute(
             "INSERT INTO ingest_progress (lane, node) VALUES (%s, %s) ON CONFLICT DO NOTHING", [lane.uuid, node]
         )
-    compare(lane, connection)
+    _compare_end(source, compare(lane, connection))
     if lane.database is None:
         source.set_database(row[0])
 
 
-def compare(lane: Lane, connection: psycopg.Connection[Any]) -> None:
-    """Raise LaneStoppedError if the ledger is behind what was drained of the lane once."""
+def compare(lane: Lane, connection: psycopg.Connection[Any]) -> int:
+    """Return the ledger's position; raises LaneStoppedError if it is behind what was drained of the lane once."""
     found = connection.execute("SELECT position FROM ingest_progress WHERE lane = %s", [lane.uuid]).fetchone()
-    _compare(lane, found[0] if found else None)
+    position: int | None = found[0] if found else None
+    _compare(lane, position)
+    return position or 0
+
+
+def _compare_end(source: Source, position: int) -> None:
+    """Raise LaneStoppedError if a lane of this boot ends before the position up to which it was drained."""
+    if position > source.end and not source.sealed:
+        source.close()  # what is published from now on goes into another lane
+        raise LaneStoppedError(
+            f"the lane went back in time: it ends at {source.end}, the ledger is at {position}. Was an older copy of "
+            "the lane directory put back? What was published into it since is kept in the file"
+        )
 
 
 def _compare(lane: Lane, position: int | None) -> None:
@@ -182,12 +194,7 @@ def drain(
     _compare(lane, found[0] if found else None)
     assert found is not None
     progress = Progress(*found)
-    if progress.position > source.end and not source.sealed:
-        source.close()
-        raise LaneStoppedError(
-            f"the lane went back in time: it ends at {source.end}, the ledger is at {progress.position}. Was an older "
-            "copy of the lane directory put back? What was published into it since is kept in the file"
-        )
+    _compare_end(source, progress.position)
     if progress.position > lane.tail:  # an earlier writer died between COMMIT and its store of the tail
         source.free(progress.position, progress.settled)
     records = source.read(
