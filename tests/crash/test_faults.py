@@ -106,8 +106,7 @@ def test_random_kills_under_load(service: Service) -> None:
     print(json.dumps(report))
     if REPORT:
         Path(REPORT).write_text(json.dumps(report) + "\n")
-    # Usually 0.1 s. Of 1,000 kills on two cores one was followed by a gap of 7.9 s, whose cause is not found yet.
-    assert report["longest_gap_s"] < 10.0
+    assert report["longest_gap_s"] < 2.0
 
 
 PUBLISH = ["publish-before-payload", "publish-before-counters", "publish-before-head", "publish-after-head"]
