@@ -181,7 +181,9 @@ class Supervisor:
         if child.popen is not None and child.popen.poll() is not None:
             code = child.popen.returncode
             child.popen = None
-            child.failures = 0 if now - child.started > SETTLED_S else child.failures + 1
+            # SIGKILL comes from outside: who backs off then lets the lanes fill while a machine is being tidied up.
+            own_fault = code != -signal.SIGKILL and now - child.started <= SETTLED_S
+            child.failures = child.failures + 1 if own_fault else 0
             pause = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(child.failures, 10)) if child.failures > 1 else 0.0
             child.next_start = now + pause
             if child in self.writers:

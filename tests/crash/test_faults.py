@@ -75,7 +75,7 @@ def test_random_kills_under_load(service: Service) -> None:
     """SIGKILL of a random worker or writer, at random moments."""
     print(f"{KILLS} kills, ORBITSTREAM_CRASH_SEED={SEED}")
     rng = random.Random(SEED)
-    service.start(LOG_LEVEL="error")
+    service.start(LOG_LEVEL="error", ORBITSTREAM_LANE_BYTES="128MiB")  # the default, which the promise is made with
     loads = loads_on(service, batch=10)
     begun = time.monotonic()
     pause = threading.Event()
@@ -97,6 +97,7 @@ def test_random_kills_under_load(service: Service) -> None:
         "seconds": round(seconds, 1),
         "accepted": accepted,
         "unknown": sum(len(load.unknown) for load in loads),
+        "refused": sum(load.refused for load in loads),
         "stored": service.count(),
         "lost": 0,
         "duplicated": 0,
