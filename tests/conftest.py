@@ -11,20 +11,24 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from engine import migrate
+from tests import long_run
 from tests.servers import editions
 from tests.service import Service
 
 GIVEN_URL = os.environ.get("ORBITSTREAM_TEST_DATABASE_URL")
 EDITIONS = os.environ.get("ORBITSTREAM_TEST_EDITIONS", "plain").split(",")
-SERVERS = ["given"] if GIVEN_URL else [edition for edition in EDITIONS if edition in ("plain", "apache")]
+SERVERS = ["given"] if GIVEN_URL else [edition for edition in EDITIONS if edition != "timescale"]
+
+on_each_edition = pytest.mark.parametrize("server", SERVERS, indirect=True, scope="session")
+"""For a test of what depends on the server: tables, COPY, retention. The others run on one edition."""
 
 _covered: set[str] = set()
 
@@ -44,22 +48,36 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"not asked for: {', '.join(missing)} (ORBITSTREAM_TEST_EDITIONS)")
 
 
-def _note(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
-        _covered.add(str(migrate.find_edition(connection)))
+def pytest_sessionfinish(exitstatus: int) -> None:
+    long_run.write(exitstatus)
 
 
-@pytest.fixture(scope="session", params=SERVERS)
-def server(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a database on a server where others may be created."""
+@pytest.fixture(scope="session")
+def server_of() -> Iterator[Callable[[str], str]]:
+    """Give the URL of an edition's server, started when it is first asked for and stopped after the last test."""
+    running: dict[str, str] = {}
     with ExitStack() as stack:
-        yield GIVEN_URL or stack.enter_context(getattr(editions, request.param)())
+
+        def url(edition: str) -> str:
+            if edition not in running:
+                running[edition] = GIVEN_URL or stack.enter_context(getattr(editions, edition)())
+            return running[edition]
+
+        yield url
 
 
-@pytest.fixture
-def database(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty database of this test's own."""
-    name = f"test_{os.getpid()}_{zlib.crc32(request.node.nodeid.encode())}"
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, server_of: Callable[[str], str]) -> str:
+    """The URL of a database on a server where others may be created: the first edition's, or with `on_each_edition`."""
+    if not SERVERS:
+        pytest.skip("no edition was asked for whose server has several databases (ORBITSTREAM_TEST_EDITIONS)")
+    return server_of(getattr(request, "param", SERVERS[0]))
+
+
+@contextmanager
+def empty_database(server: str, test: str) -> Iterator[str]:
+    """Yield the URL of a new database for `test`, and note its edition as covered."""
+    name = f"test_{os.getpid()}_{zlib.crc32(test.encode())}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
         url = psycopg.conninfo.make_conninfo(server, dbname=name)
@@ -68,24 +86,29 @@ def database(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+def _note(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        edition = migrate.find_edition(connection)
+    _covered.add(f"{edition.name}: {edition}")
+
+
+@pytest.fixture
+def database(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty database of this test's own."""
+    with empty_database(server, request.node.nodeid) as url:
+        yield url
+
+
 @pytest.fixture(params=["given"] if GIVEN_URL else EDITIONS)
-def any_database(request: pytest.FixtureRequest) -> Iterator[str]:
+def any_database(request: pytest.FixtureRequest, server_of: Callable[[str], str]) -> Iterator[str]:
     """The URL of an empty database of each edition asked for; for migrations and queries, one connection at a time."""
     if request.param == "timescale":
         with editions.timescale() as url:
             yield url
             _note(url)
     else:
-        with ExitStack() as stack:
-            server = GIVEN_URL or stack.enter_context(getattr(editions, request.param)())
-            name = f"test_{os.getpid()}_{zlib.crc32(request.node.nodeid.encode())}"
-            with psycopg.connect(server, autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {name}")
-            url = psycopg.conninfo.make_conninfo(server, dbname=name)
+        with empty_database(server_of(request.param), request.node.nodeid) as url:
             yield url
-            _note(url)
-            with psycopg.connect(server, autocommit=True) as connection:
-                connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

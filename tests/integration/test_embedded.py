@@ -11,8 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from engine.installations import (
     find_installations,
     inspect_installation,
 )
+from tests.service import eventually, is_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOT = os.geteuid() == 0
@@ -53,20 +53,6 @@ if mode == "stops":
 else:
     signal.pause()
 """
-
-
-def eventually(happened: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.005)
-
-
-def is_gone(pid: int) -> bool:  # a zombie is
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def end_leftovers(home: Path) -> None:

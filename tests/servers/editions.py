@@ -35,17 +35,24 @@ BINARIES = "/usr/lib/postgresql/17/bin"
 
 
 @contextmanager
-def plain() -> Iterator[str]:
-    """Yield the URL of an embedded PostgreSQL."""
+def cluster() -> Iterator[EmbeddedPostgres]:
+    """Yield a running embedded PostgreSQL of its own."""
     home = Path(tempfile.mkdtemp(prefix="os-test-", dir="/tmp"))
     home.chmod(0o755)
     postgres = EmbeddedPostgres(home, die_with_parent=True)
     postgres.start()
     try:
-        yield postgres.dsn
+        yield postgres
     finally:
         postgres.stop()
         shutil.rmtree(home)
+
+
+@contextmanager
+def plain() -> Iterator[str]:
+    """Yield the URL of an embedded PostgreSQL."""
+    with cluster() as postgres:
+        yield postgres.dsn
 
 
 @contextmanager
