@@ -133,13 +133,19 @@ def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> No
             f"it was drained into database {lane.database}, this one is {row[0]}: set DATABASE_URL to the former, "
             "or move the lane away"
         )
+    if ARMED:
+        hit("attach-before-row")
     if lane.database is None and lane.tail == 0:
         connection.execute(
             "INSERT INTO ingest_progress (lane, node) VALUES (%s, %s) ON CONFLICT DO NOTHING", [lane.uuid, node]
         )
     _compare_end(source, compare(lane, connection))
+    if ARMED:
+        hit("attach-before-database")
     if lane.database is None:
         source.set_database(row[0])
+    if ARMED:
+        hit("attach-after-database")
 
 
 def compare(lane: Lane, connection: psycopg.Connection[Any]) -> int:
@@ -196,7 +202,11 @@ def drain(
     progress = Progress(*found)
     _compare_end(source, progress.position)
     if progress.position > lane.tail:  # an earlier writer died between COMMIT and its store of the tail
+        if ARMED:
+            hit("recover-before-skip")
         source.free(progress.position, progress.settled)
+        if ARMED:
+            hit("recover-after-skip")
     records = source.read(
         progress.position, min(max_points, CAREFUL_POINTS) if careful else max_points, MAX_TRANSACTION_BYTES
     )

@@ -1,4 +1,4 @@
-"""Places where a test makes this process kill itself: `if ARMED: hit("name")` in the steps of publish and drain.
+"""Places where a test makes this process kill itself: `if ARMED: hit("name")` in publish, drain and recovery.
 
 ORBITSTREAM_FAILPOINT=name:n is read once, at import. Unset, ARMED is a false constant: a few nanoseconds at each place.
 """

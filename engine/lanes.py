@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from engine.consumer import Consumer, SealedConsumer
+from engine.failpoints import ARMED, hit
 from engine.producer import Producer
 from engine.ring import Lane, LaneError, boot_id, create, whole_pages
 
@@ -229,7 +230,11 @@ def retire(consumer: Consumer, layout: bytes) -> bool:
         archive = lane.path.parent / ARCHIVE
         archive.mkdir(mode=0o700, exist_ok=True)
         archived = archive / f"{lane.uuid}.ring"
+        if ARMED:
+            hit("archive-before-move")
         os.replace(lane.path, archived)
+        if ARMED:
+            hit("archive-after-move")
         os.utime(archived)  # from now on counts how long it is kept
         return True
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
+from typing import Any
 
 from tests.service import POINT, Service, eventually
 
@@ -30,8 +31,8 @@ class Load(threading.Thread):
             points = [{**POINT, "satellite_id": name} for name in names]
             headers = {"Idempotency-Key": names[0]} if self.keyed else {}
             status = self.send(points, headers)
-            while self.keyed and status not in (202, 503) and not self.stopping.is_set():
-                status = self.send(points, headers)  # safe: the key makes it one
+            if self.keyed and status not in (202, 503):  # perhaps stored: safe to repeat, the key makes it one
+                status = self.repeat(points, headers)
             if status == 202:
                 self.accepted.update(names)
                 self.longest_gap = max(self.longest_gap, time.monotonic() - last)
@@ -41,9 +42,19 @@ class Load(threading.Thread):
             else:
                 self.unknown.update(names)
 
+    def repeat(self, points: list[dict[str, object]], headers: dict[str, str]) -> int:
+        """Send again until it is accepted; 0, unknown, when the load is stopped before."""
+        while not self.stopping.is_set():
+            if self.send(points, headers) == 202:
+                return 202
+        return 0
+
     def send(self, points: list[dict[str, object]], headers: dict[str, str]) -> int:
         try:
             return self.service.post("/telemetry/batch", points, headers)[0]
+        except ConnectionRefusedError:  # nobody has taken it
+            self.stopping.wait(0.01)
+            return 503
         except (OSError, http.client.HTTPException, ValueError):  # cut off, perhaps within the answer
             return 0
 
@@ -70,3 +81,26 @@ def loads_on(service: Service, count: int = 3, batch: int = 50, *, keyed: bool =
     loads = [Load(service, f"L{index}", batch, keyed=keyed) for index in range(count)]
     eventually(lambda: all(len(load.accepted) > 100 for load in loads), 20, "load")
     return loads
+
+
+def progress(loads: list[Load], seconds: float = 20.0) -> None:
+    """Wait until every load got a batch through from now on."""
+    marks = [len(load.accepted) for load in loads]
+    eventually(lambda: all(len(load.accepted) > mark for load, mark in zip(loads, marks, strict=True)), seconds, "202s")
+
+
+def finish(service: Service, loads: list[Load], *, running: bool = True) -> dict[str, Any]:
+    """Stop load and service (if it runs), check that all is there once and accounted for; returns what the load saw."""
+    for load in loads:
+        load.stop()
+    if running:
+        assert service.stop() == 0
+    assert_exactly_once(service, loads)
+    verified = service.run("verify", "--deep", DATABASE_URL=service.database)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    return {
+        "accepted": sum(len(load.accepted) for load in loads),
+        "unknown": sum(len(load.unknown) for load in loads),
+        "refused": sum(load.refused for load in loads),
+        "longest_gap_s": round(max(load.longest_gap for load in loads), 3),
+    }
