@@ -51,6 +51,8 @@ import zlib
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from engine.failpoints import ARMED, hit
+
 MAGIC: Final = b"ORBLANE1"
 VERSION: Final = 1
 HEADER_BYTES: Final = 4096
@@ -128,6 +130,8 @@ def whole_pages(capacity: int) -> int:
 def create(path: Path, capacity: int, layout: bytes, boot: bytes) -> None:
     """Make a lane file at `path`, which must not exist; complete and synced before its name appears.
 
+    The caller holds the lane's producer lock, so that nobody else makes it meanwhile.
+
     `capacity` in bytes is rounded down to whole pages. Raises LaneError for a bad size, OSError (ENOSPC) when the
     file system has no room: the space is allocated here, so that no later store can end in SIGBUS.
     """
@@ -143,13 +147,18 @@ def create(path: Path, capacity: int, layout: bytes, boot: bytes) -> None:
     header[: len(static)] = static
     struct.pack_into("<I", header, len(static), zlib.crc32(layout, zlib.crc32(static)))
     header[LAYOUT_OFFSET : LAYOUT_OFFSET + len(layout)] = layout
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)  # of a process that was killed here; it may be a second name of a lane in use
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, HEADER_BYTES + capacity)
         os.pwrite(fd, header, 0)
         os.fsync(fd)
+        if ARMED:
+            hit("create-before-link")
         os.link(temporary, path)
+        if ARMED:
+            hit("create-after-link")
     finally:
         os.close(fd)
         os.unlink(temporary)

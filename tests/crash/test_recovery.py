@@ -68,3 +68,30 @@ def test_a_death_at_each_step_of_recovery(service: Service, lane_dir: Path, name
     assert len(lanes.archived(lane_dir)) == (0 if name in SKIP else HITS)
     assert service.run("verify", "--deep").returncode == 0
     report(f"SIGKILL at {name}", hits=HITS, accepted=len(expected))
+
+
+@pytest.mark.parametrize("name", ["create-before-link", "create-after-link"])
+def test_a_death_while_a_lane_is_made_leaves_no_file_behind(lane_dir: Path, name: str) -> None:
+    claim = (
+        "import sys; from pathlib import Path; from engine.lanes import claim_producer;"
+        f"claim_producer(Path(sys.argv[1]), {ring.MIN_CAPACITY}, b'')"
+    )
+    for _ in range(HITS):
+        died = subprocess.run(
+            [sys.executable, "-c", claim, str(lane_dir)], env={**os.environ, "ORBITSTREAM_FAILPOINT": f"{name}:1"}
+        )
+        assert died.returncode == -signal.SIGKILL
+        first, lock = lanes.claim_producer(lane_dir, ring.MIN_CAPACITY, b"")
+        first.close()
+        lock.release()
+        consumer, lock = lanes.claim_consumer(first.lane.path) or pytest.fail("the lane is not free")
+        assert lanes.retire(consumer, b"")
+        lock.release()
+        # What the dead process left may be a second name of the lane that is archived now.
+        second, lock = lanes.claim_producer(lane_dir, ring.MIN_CAPACITY, b"")
+        lock.release()
+        assert second.lane.path == first.lane.path
+        assert ring.Lane(lane_dir / "archive" / f"{first.lane.uuid}.ring").uuid == first.lane.uuid
+        second.lane.path.unlink()
+    assert not [path for path in lane_dir.iterdir() if path.name.startswith(".")]
+    report(f"SIGKILL at {name}", hits=HITS)
