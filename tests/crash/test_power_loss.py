@@ -28,7 +28,7 @@ def torn(old: bytes, new: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_was_synced_survives_and_nothing_is_invented_or_doubled(lane_dir: Path, tmp_path: Path, seed: int) -> None:
+def test_what_was_synced_survives_and_nothing_is_invented_or_doubled(lane_dir: Path, seed: int) -> None:
     """In `disk` mode each record that was answered is found again from the ledger's position on, in every image."""
     rng = random.Random(SEED + seed)
     ring.create(lane_dir / "lane", ring.MIN_CAPACITY, b"", ring.boot_id())
@@ -51,7 +51,7 @@ def test_what_was_synced_survives_and_nothing_is_invented_or_doubled(lane_dir: P
             ledger = rng.choice([end for end in published if end >= ledger] or [ledger])
             lane.words[ring.TAIL] = ledger
             published = {end: body for end, body in published.items() if end > ledger}
-        image = tmp_path / "image"
+        image = lane_dir / "image"
         image.write_bytes(torn(synced, snapshot(lane), rng))
         after = Lane(image)
         found = {record.end: bytes(record.payload) for record in SealedConsumer(after).read(ledger, 1 << 40, 1 << 40)}
