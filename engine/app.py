@@ -11,9 +11,10 @@ import falcon
 import orjson
 
 from engine import keys, lanes, problems, rows, settings
-from engine.decode import DecodeError, Decoder
+from engine.decode import Decoder
 from engine.health import describe
 from engine.limits import Limits
+from engine.points import DecodeError
 from engine.problems import Problem
 from engine.producer import Producer
 from engine.ring import LaneClosedError, LaneFailedError, LaneFullError, RecordTooLargeError

@@ -8,7 +8,7 @@ from typing import Any, Final
 import falcon
 import orjson
 
-from engine.decode import DecodeError, Fault
+from engine.points import DecodeError, Fault
 
 MEDIA_TYPE: Final = "application/problem+json"
 TYPE_BASE: Final = "urn:orbitstream:problem:"
