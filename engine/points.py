@@ -254,9 +254,7 @@ class Checker:
         if time_us > self.now_us + FUTURE_US:
             self.fault(index, "timestamp", "timestamp-in-future", "timestamp is more than 5 minutes in the future")
         elif time_us < self.now_us - self.rules.oldest_us:
-            self.fault(
-                index, "timestamp", "timestamp-too-old", "timestamp is older than the retention of the database"
-            )
+            self.fault(index, "timestamp", "timestamp-too-old", "timestamp is older than the retention of the database")
         return time_us
 
     def _values(self, point: dict[str, Any], index: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 One JSON object a line:
 
-    {"name": "gateway-1", "sha256": "9f86d0...", "scopes": ["write"], "quota": 5000.0, "created": "2026-01-31T12:00:00Z"}
+    {"name": "gateway-1", "sha256": "9f86d0...", "scopes": ["write"], "quota": 5000.0, "created": "2026-01-31T12:00Z"}
 
 A token is 256 random bits, so its plain hash tells nothing of it, and nobody can choose what digest is looked up.
 `quota` is points a second, null for no limit. `orbitstream token` writes the file; a service reads it again when it
@@ -141,7 +141,7 @@ class Tokens:
             self._next_check = time.monotonic() + CHECK_S
             try:
                 now = os.stat(self._path)
-                signature = (now.st_mtime_ns, now.st_size, now.st_ino, now.st_mode)
+                signature: tuple[int, ...] = (now.st_mtime_ns, now.st_size, now.st_ino, now.st_mode)
             except OSError:
                 signature = ()
             if signature == self._signature:
