@@ -125,17 +125,16 @@ def _post(
         "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_BYTES, "pattern": "^[ -~]+$"},
         "description": "repeat a request with its key until it is answered: its points become rows once",
     }  # fmt: skip
-    encoding = {
-        "name": "Content-Encoding", "in": "header",
-        "schema": {"type": "string", "enum": ["identity", *ENCODINGS]},
-        "description": "how the body is compressed; the limit of its size holds for what it decompresses to",
-    }  # fmt: skip
     return {
         "operationId": name,
         "summary": summary,
         "security": [{}, _BEARER],
-        "parameters": [key, encoding, *parameters],
-        "requestBody": {"required": True, "content": content},
+        "parameters": [key, *parameters],
+        "requestBody": {
+            "required": True,
+            "description": "plain, or compressed as Content-Encoding says: " + ", ".join(ENCODINGS),
+            "content": content,
+        },
         "responses": {"202": accepted, **_refusals(*_POSTED, *problems)},
     }
 

@@ -144,7 +144,7 @@ def test_the_simulator_gets_in_with_a_token(service: Service) -> None:
         env={**os.environ, "ORBITSTREAM_TOKEN": token}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["points"]["accepted"] == 200
+    assert json.loads(ran.stdout)["accepted"] == 200
 
 
 @pytest.mark.parametrize(
