@@ -7,11 +7,13 @@ lane directory, to have the lanes drained.
 import sys
 
 import engine.app  # noqa: F401 - imported before the fork, a worker that replaces a dead one answers within 50 ms
-from engine import lanes, logs, process, settings
+from engine import lanes, logs, process, settings, tokens
 
 try:
     _config = settings.load()
     lanes.prepare(_config.lane_dir, _config.durability)
+    if _config.tokens_file is not None:
+        tokens.load(_config.tokens_file)
 except (settings.SettingError, lanes.LaneDirError) as error:
     print(f"orbitstream: {error}", file=sys.stderr)
     sys.exit(2)
@@ -41,6 +43,18 @@ def on_starting(server):
     # Only under a supervisor: a gunicorn started from a shell must outlive it.
     if _supervised:
         process.die_with_parent(_supervised[0])
+
+
+def when_ready(server):
+    # gunicorn may have been told to listen elsewhere: by -b, GUNICORN_CMD_ARGS, or a socket of systemd's.
+    for listener in server.LISTENERS:
+        address = listener.sock.getsockname()
+        if isinstance(address, tuple):
+            try:
+                settings.check_exposure(_config, address[0])
+            except settings.SettingError as error:
+                print(f"orbitstream: {error}", file=sys.stderr)
+                sys.exit(2)
 
 
 def post_fork(server, worker):

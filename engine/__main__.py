@@ -14,7 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, operate, process, settings, supervisor
+from engine import (
+    __version__,
+    demo,
+    health,
+    heartbeat,
+    lanes,
+    logs,
+    migrate,
+    operate,
+    process,
+    settings,
+    supervisor,
+    tokens,
+)
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
 from engine.ring import LaneError
@@ -83,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     letters.add_argument("ids", nargs="*", type=int, help="only these")
     letters.add_argument("--limit", type=int, default=50, help="list at most so many (default: %(default)s)")
     letters.add_argument("--json", action="store_true", help="print one JSON object a line")
+    token = _command(commands, "token", operate.token_command, "create, list and revoke bearer tokens")
+    token.add_argument("action", choices=("create", "list", "revoke"))
+    token.add_argument("name", nargs="?", help="whose token it is; its idempotency keys are its own")
+    token.add_argument("--scope", action="append", choices=tokens.SCOPES, help="may be repeated (default: write)")
+    token.add_argument("--quota", type=float, metavar="N", help="points/s at most (default: no limit)")
     demo.add_command(commands)
     return parser
 
@@ -124,6 +142,8 @@ def _database(config: Settings) -> Iterator[tuple[Settings, EmbeddedPostgres | N
 def _serve(config: Settings, options: argparse.Namespace) -> int:
     if options.parent is not None:
         process.die_with_parent(options.parent)
+    if config.tokens_file is not None and not tokens.load(config.tokens_file):
+        log.warning("%s holds no token: nobody can post yet", config.tokens_file)
     lanes.prepare(config.lane_dir, config.durability)
     lanes.check_room(config.lane_dir, config.workers, config.lane_bytes)
     with _sole_supervisor(config), supervisor.listen(config) as listener:

@@ -5,79 +5,44 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import falcon
 import orjson
 
-from engine import keys, lanes, problems, rows, settings
-from engine.decode import DecodeError, Decoder
+from engine import body, keys, lanes, openapi, problems, rows, settings
+from engine.body import ARROW, JSON, NDJSON
+from engine.decode import Decoder
+from engine.guard import Guard
 from engine.health import describe
 from engine.limits import Limits
+from engine.points import DecodeError, Rejects
+from engine.prefer import is_lenient
 from engine.problems import Problem
 from engine.producer import Producer
 from engine.ring import LaneClosedError, LaneFailedError, LaneFullError, RecordTooLargeError
 from engine.rows import Columns
 from engine.settings import Settings
 from engine.timestamps import now_us
+from engine.tokens import Tokens
 
-JSON: Final = "application/json"
-NDJSON: Final = "application/x-ndjson"
-READ_STEP: Final = 1 << 20
+POINT_BODY_BYTES: Final = 64 << 10
+"""A point takes a few hundred bytes; what parsing a larger body may cost is bounded for batches only."""
 DURABILITY: Final = "OrbitStream-Durability"
 
 
-class Input(Protocol):
-    """`wsgi.input`."""
+def idempotency_key(request: falcon.Request, content: bytes) -> bytes:
+    """Return what the record carries of the Idempotency-Key, empty without one; raises Problem for a bad one.
 
-    def read(self, size: int, /) -> bytes: ...
-
-
-def read_body(request: falcon.Request, limit: int) -> bytes:
-    """Return the whole body, of known length or chunked; raises Problem for one over `limit` bytes or cut short."""
-    length = request.content_length
-    too_large = Problem("too-large", f"the body is over {limit} bytes: send fewer points a request")
-    if length is not None and length > limit:
-        raise too_large
-    if length is None and "chunked" not in (request.get_header("Transfer-Encoding") or "").lower():
-        return b""
-    stream: Input = request.env["wsgi.input"]
-    wanted = limit + 1 if length is None else length
-    pieces, got = [], 0
-    while got < wanted:
-        try:
-            piece = stream.read(min(READ_STEP, wanted - got))
-        except Exception as error:  # whatever the server raises for broken chunks or a client that left
-            raise Problem("bad-request", "the body cannot be read to its end") from error
-        if not piece:
-            break
-        pieces.append(piece)
-        got += len(piece)
-    if got > limit:
-        raise too_large
-    if length is not None and got < length:
-        raise Problem("bad-request", "the body is shorter than its Content-Length")
-    return b"".join(pieces)
-
-
-def media_type(request: falcon.Request, *known: str) -> str:
-    """Return which of the `known` media types the body is; raises Problem for another, or for an encoded body."""
-    given = (request.content_type or JSON).partition(";")[0].strip().lower()
-    if given not in known:
-        raise Problem("unsupported-media-type", f"send {' or '.join(known)}", headers={"Accept": ", ".join(known)})
-    if (request.get_header("Content-Encoding") or "identity").lower() != "identity":
-        raise Problem("unsupported-media-type", "send the body as it is, without Content-Encoding")
-    return given
-
-
-def idempotency_key(request: falcon.Request, body: bytes) -> bytes:
-    """Return what the record carries of the Idempotency-Key, empty without one; raises Problem for a bad one."""
+    A key is its token's own: the same key under another token is another key.
+    """
     key = request.get_header("Idempotency-Key")
     if key is None:
         return b""
     if not (0 < len(key) <= keys.MAX_KEY_BYTES and key.isascii() and key.isprintable()):
         raise Problem("bad-request", f"Idempotency-Key must be 1 to {keys.MAX_KEY_BYTES} printable ASCII characters")
-    return keys.record_key("", key, body)
+    token = getattr(request.context, "token", None)
+    return keys.record_key(token.name if token else "", key, content)
 
 
 class Lane:
@@ -125,55 +90,82 @@ class Lane:
 class TelemetryResource:
     """POST /telemetry: one point, a JSON object."""
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings) -> None:
-        self._lane, self._decoder, self._limits = lane, decoder, limits
-        self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
+    scope = "write"
+
+    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings, guard: Guard | None) -> None:
+        self._lane, self._decoder, self._limits, self._guard = lane, decoder, limits, guard
+        self._max_body_bytes, self._durability = min(config.max_body_bytes, POINT_BODY_BYTES), config.durability
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        media_type(request, JSON)
-        body = read_body(request, self._max_body_bytes)
-        key = idempotency_key(request, body)
+        body.media_type(request, JSON)
+        content = body.read(request, self._max_body_bytes)
+        key = idempotency_key(request, content)
         received = now_us()
         try:
-            point = self._decoder.point(body, received)
+            point = self._decoder.point(content, received)
         except DecodeError as error:
             raise Problem.of(error) from error
         payload = rows.pack_point(point.time_us, point.satellite_id, point.values, self._limits.flag(point.values))
         self._lane.publish(payload, 1, received, key)
+        if self._guard is not None:
+            self._guard.charge(request, 1)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
         response.data = b'{"status":"accepted","satellite_id":%b}' % orjson.dumps(point.satellite_id.decode())
 
 
 class BatchResource:
-    """POST /telemetry/batch: many points, a JSON array or one JSON object a line."""
+    """POST /telemetry/batch: many points, as JSON (array or columns), one JSON object a line, or an Arrow stream."""
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings) -> None:
-        self._lane, self._limits = lane, limits
+    scope = "write"
+
+    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings, guard: Guard | None) -> None:
+        self._lane, self._limits, self._guard = lane, limits, guard
         self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
-        self._decoders: dict[str, Callable[[bytes, int], Columns]] = {
+        self._decoders: dict[str, Callable[[bytes, int, Rejects | None], Columns]] = {
             JSON: decoder.json_batch,
             NDJSON: decoder.ndjson_batch,
+            ARROW: decoder.arrow_batch,
         }
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
-        decode = self._decoders[media_type(request, *self._decoders)]
-        body = read_body(request, self._max_body_bytes)
-        key = idempotency_key(request, body)
+        decode = self._decoders[body.media_type(request, *self._decoders)]
+        rejects = Rejects() if is_lenient(request.env.get("HTTP_PREFER")) else None
+        content = body.read(request, self._max_body_bytes)
+        key = idempotency_key(request, content)
+        if key and rejects is not None:
+            raise Problem("bad-request", "send an Idempotency-Key or Prefer: handling=lenient: verdicts may change")
         received = now_us()
         try:
-            columns = decode(body, received)
+            columns = decode(content, received, rejects)
         except DecodeError as error:
             raise Problem.of(error) from error
         columns.is_anomaly = self._limits.flags(columns)
-        self._lane.publish(rows.pack(columns), len(columns), received, key)
+        count = len(columns)
+        self._lane.publish(rows.pack(columns), count, received, key)
+        if self._guard is not None:
+            self._guard.charge(request, count)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
-        response.data = b'{"status":"accepted","count":%d}' % len(columns)
+        if rejects is None:
+            response.data = b'{"status":"accepted","count":%d}' % count
+        else:
+            response.set_header("Preference-Applied", "handling=lenient")
+            response.data = lenient_answer(count, rejects)
+
+
+def lenient_answer(count: int, rejects: Rejects) -> bytes:
+    """Return the body of the answer to a lenient batch: how many were accepted, and which were not."""
+    errors = [problems.describe(fault) for fault in rejects.faults]
+    return orjson.dumps(
+        {"status": "accepted", "count": count, "accepted": count, "rejected": rejects.indexes, "errors": errors}
+    )
 
 
 class HealthResource:
     """GET /health: what the writers' heartbeats and the lanes' words say; no database connection is opened."""
+
+    scope = "read"
 
     def __init__(self, config: Settings) -> None:
         self._config = config
@@ -203,6 +195,13 @@ class ReadyResource:
         response.data = b'{"status":"ready"}'
 
 
+class OpenApiResource:
+    """GET /openapi.json: what this service takes and answers."""
+
+    def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
+        response.data = openapi.document()
+
+
 def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Response]:
     """Return the WSGI app over an open lane."""
     decoder = Decoder(
@@ -215,9 +214,11 @@ def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Res
         storage_above=config.anomaly_storage,
         signal_below=config.anomaly_signal,
     )
-    app = falcon.App(media_type=JSON)
-    app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config))
-    app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config))
+    guard = None if config.tokens_file is None else Guard(Tokens(config.tokens_file), config.workers)
+    app = falcon.App(media_type=JSON, middleware=[guard] if guard else [])
+    app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config, guard))
+    app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config, guard))
+    app.add_route("/openapi.json", OpenApiResource())
     app.add_route("/health", HealthResource(config))
     app.add_route("/health/live", LiveResource())
     app.add_route("/health/ready", ReadyResource(lane))

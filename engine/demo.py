@@ -194,6 +194,7 @@ def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str
             "ORBITSTREAM_LANE_DIR": str(lane_dir),
             "PORT": "0",
             "ORBITSTREAM_HOST": "127.0.0.1",
+            "ORBITSTREAM_TOKENS_FILE": "",
             "ORBITSTREAM_WORKERS": str(options.workers),
             "ORBITSTREAM_WRITERS": str(options.writers),
             "LOG_LEVEL": "error",

@@ -1,9 +1,10 @@
-"""Commands for the operator of a running system: verify, lanes list|resume, dead-letters list|replay|purge."""
+"""Commands for the operator: verify, lanes list|resume, dead-letters list|replay|purge, token create|list|revoke."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import psycopg
 
-from engine import dead_letters, lanes, migrate, verify
+from engine import dead_letters, lanes, migrate, tokens, verify
 from engine.consumer import Consumer, SealedConsumer
 from engine.embedded import running_dsn
 from engine.ring import Lane, boot_id
@@ -180,4 +181,29 @@ def dead_letters_command(config: Settings, options: argparse.Namespace) -> int:
             print(f"{letter['id']}  {letter['reason']} {letter['sqlstate'] or ''}  {identity}  {letter['detail']}")
     if not letters and not options.json:
         print("no dead letters")
+    return 0
+
+
+def token_command(config: Settings, options: argparse.Namespace) -> int:
+    """Create, list or revoke bearer tokens; a service sees the change within a second."""
+    path = config.tokens_file
+    if path is None:
+        raise OperateError("set ORBITSTREAM_TOKENS_FILE, for this command and for the service")
+    if options.action == "list":
+        for token in sorted(tokens.load(path).values(), key=lambda each: each.name):
+            quota = "no quota" if token.quota is None else f"{token.quota:g} points/s"
+            print(f"{token.name}  {','.join(token.scopes)}  {quota}  created {token.created}")
+        return 0
+    if options.name is None:
+        raise OperateError(f"say whose: `orbitstream token {options.action} NAME`")
+    if options.action == "revoke":
+        if not tokens.revoke(path, options.name):
+            raise OperateError(f"there is no token {options.name}: `orbitstream token list` shows them")
+        print(f"revoked {options.name}")
+        return 0
+    if options.quota is not None and not 0 < options.quota < float("inf"):
+        raise OperateError(f"--quota {options.quota:g} must be points/s above 0")
+    secret = tokens.create(path, options.name, options.scope or ["write"], options.quota)
+    print(f"{options.name} may {' and '.join(options.scope or ['write'])}; shown this once only:", file=sys.stderr)
+    print(secret)
     return 0

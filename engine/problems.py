@@ -8,24 +8,35 @@ from typing import Any, Final
 import falcon
 import orjson
 
-from engine.decode import DecodeError, Fault
+from engine.points import DecodeError, Fault
 
 MEDIA_TYPE: Final = "application/problem+json"
 TYPE_BASE: Final = "urn:orbitstream:problem:"
 
-_TITLES: Final = {
+PROBLEMS: Final[dict[str, tuple[str, str]]] = {
     "malformed-json": (falcon.HTTP_400, "Malformed JSON"),
+    "malformed-arrow": (falcon.HTTP_400, "Malformed Arrow stream"),
     "bad-request": (falcon.HTTP_400, "Bad request"),
+    "unauthorized": (falcon.HTTP_401, "Token needed"),
+    "forbidden": (falcon.HTTP_403, "Not allowed"),
     "not-found": (falcon.HTTP_404, "Not found"),
     "method-not-allowed": (falcon.HTTP_405, "Method not allowed"),
     "too-large": (falcon.HTTP_413, "Request too large"),
     "too-many-points": (falcon.HTTP_413, "Too many points"),
     "unsupported-media-type": (falcon.HTTP_415, "Unsupported media type"),
     "invalid-point": (falcon.HTTP_422, "Invalid point"),
+    "quota-exceeded": (falcon.HTTP_429, "Quota exceeded"),
     "lane-failed": (falcon.HTTP_503, "Lane stopped"),
     "lane-full": (falcon.HTTP_503, "Lane full"),
     "not-ready": (falcon.HTTP_503, "Not ready"),
 }
+"""Every problem there is: its code, the end of its `type`, with status and title."""
+RETRYABLE: Final = (falcon.HTTP_429, falcon.HTTP_503)
+
+
+def describe(fault: Fault) -> dict[str, Any]:
+    """Return a fault as an answer shows it."""
+    return {**fault._asdict(), "retryable": False}
 
 
 class Problem(Exception):
@@ -36,8 +47,8 @@ class Problem(Exception):
     ) -> None:
         super().__init__(detail)
         self.code, self.detail, self.faults, self.headers = code, detail, faults, headers or {}
-        self.status, self.title = _TITLES[code]
-        self.retryable = self.status == falcon.HTTP_503
+        self.status, self.title = PROBLEMS[code]
+        self.retryable = self.status in RETRYABLE
 
     @classmethod
     def of(cls, error: DecodeError) -> Problem:
@@ -54,7 +65,7 @@ class Problem(Exception):
             "accepted": 0,
         }
         if self.faults:
-            document["errors"] = [{**fault._asdict(), "retryable": False} for fault in self.faults]
+            document["errors"] = [describe(fault) for fault in self.faults]
         return orjson.dumps(document)
 
 

@@ -88,7 +88,7 @@ def _switch(text: str) -> bool:
     raise ValueError("must be 1 or 0")
 
 
-def _folder(text: str) -> Path:
+def _path(text: str) -> Path:
     if not text.strip():
         raise ValueError("must not be empty")
     return Path(text).expanduser().absolute()
@@ -144,6 +144,13 @@ class Settings:
 
     host: str = _setting("ORBITSTREAM_HOST", "127.0.0.1", _text, "address to listen on")
     port: int = _setting("PORT", 8080, _whole(0, 65535), "port to listen on, 0 for any free one")
+    tokens_file: Path | None = _setting(
+        "ORBITSTREAM_TOKENS_FILE",
+        None,
+        _path,
+        "file of the bearer tokens that let a client in; `orbitstream token create NAME` makes it",
+        "unset: no token is asked for",
+    )
     allow_anonymous: bool = _setting(
         "ORBITSTREAM_ALLOW_ANONYMOUS", False, _switch, "1 to listen beyond loopback although no tokens are set", "0"
     )
@@ -166,7 +173,7 @@ class Settings:
     worker_class: str = _setting("ORBITSTREAM_WORKER_CLASS", "gthread", _one_of("gthread"), "gunicorn worker class")
     writers: int = _setting("ORBITSTREAM_WRITERS", 1, _whole(1, 64), "writer processes")
     lane_dir: Path = _setting(
-        "ORBITSTREAM_LANE_DIR", _default_lane_dir, _folder, "folder of the lanes", "/dev/shm/orbitstream[-UID]"
+        "ORBITSTREAM_LANE_DIR", _default_lane_dir, _path, "folder of the lanes", "/dev/shm/orbitstream[-UID]"
     )
     durability: str = _setting(
         "ORBITSTREAM_DURABILITY",
@@ -214,7 +221,7 @@ class Settings:
         "ORBITSTREAM_RETENTION", 30 * 86400.0, _duration(3600, 36500 * 86400), "age at which points are dropped", "30d"
     )
     home: Path = _setting(
-        "ORBITSTREAM_HOME", _default_home, _folder, "folder of the embedded PostgreSQL",
+        "ORBITSTREAM_HOME", _default_home, _path, "folder of the embedded PostgreSQL",
         "the user's data folder; /var/lib/orbitstream for root",
     )  # fmt: skip
     node: str = _setting(
@@ -272,7 +279,7 @@ def load(environ: Mapping[str, str] | None = None, **overrides: str | None) -> S
     settings = Settings(given=given, **values)
     if settings.durability != "process" and "lane_dir" not in values:
         settings = replace(settings, lane_dir=settings.home / "lanes")
-    _check_together(settings)
+    check_exposure(settings, settings.host)
     return settings
 
 
@@ -300,11 +307,12 @@ def child_environment(config: Settings, **more: str) -> dict[str, str]:
     return {**os.environ, **config.given, **more}
 
 
-def _check_together(settings: Settings) -> None:
-    if not settings.allow_anonymous and not _is_loopback(settings.host):
+def check_exposure(settings: Settings, host: str) -> None:
+    """Raise SettingError if listening on `host` would let in anybody, and nobody said that this is meant."""
+    if settings.tokens_file is None and not settings.allow_anonymous and not _is_loopback(host):
         raise SettingError(
-            f"ORBITSTREAM_HOST={settings.host!r} lets anybody in: keep 127.0.0.1 behind a proxy, "
-            "or set ORBITSTREAM_ALLOW_ANONYMOUS=1"
+            f"ORBITSTREAM_HOST={host!r} lets anybody in: set ORBITSTREAM_TOKENS_FILE (`orbitstream token create NAME` "
+            "makes it), keep 127.0.0.1 behind a proxy, or set ORBITSTREAM_ALLOW_ANONYMOUS=1"
         )
 
 

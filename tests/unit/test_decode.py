@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from engine import rows
 from engine.channels import CHANNELS
-from engine.decode import DecodeError, Decoder
+from engine.decode import Decoder
+from engine.points import DecodeError
 from engine.timestamps import now_us, parse, parse_all
 from tests.service import POINT
 

@@ -1,0 +1,301 @@
+"""Arrow IPC streams to columns. The stream is anybody's bytes: nothing is read that was not checked or bounded first.
+
+Arrow verifies the framing; `_check_messages` sees to what would make reading dear (compressed buffers, dictionaries
+that grow, thousands of batches); then the types are checked, each batch is read and validated in full (offsets,
+dictionary indexes, UTF-8), and only then its buffers are looked at. Nothing is copied but nulls and narrow numbers.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine.channels import BY_NAME, CHANNELS, MAX_ID_BYTES
+from engine.points import ALLOWED, FUTURE_US, DecodeError, Instant, Rejects, Rules, by_column, has_control, inside
+from engine.rows import Columns, Floats, Ids, Times, concatenate
+
+MAX_MESSAGES: Final = 256
+"""Each record batch costs 0.1 ms, and refers to dictionaries that may be as large as the body."""
+MAX_SCHEMA_BYTES: Final = 1 << 20
+"""A field takes 50 bytes in the stream and ten times that once read; a schema with pandas' notes takes 5 KiB."""
+
+_BROKEN: Final = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, struct.error)
+_MICROSECONDS: Final = {"s": 1_000_000, "ms": 1_000, "us": 1}
+_TEXT: Final = (pa.types.is_string, pa.types.is_large_string)
+
+
+def decode(body: bytes, rules: Rules, now_us: int, rejects: Rejects | None) -> Columns:
+    """Decode a stream whose columns are the fields of a point; see `Decoder` for the other arguments.
+
+    satellite_id: text, also dictionary-encoded. timestamp: of any unit, with a time zone, or RFC 3339 text; optional,
+    as are its values. Channels: numbers; nulls where a channel is optional.
+    """
+    try:
+        batches = _read(body, rules)
+        rules.check_count(sum(batch.num_rows for batch in batches))
+        batches = [batch for batch in batches if batch.num_rows]
+        for batch in batches:
+            batch.validate(full=True)
+    except _BROKEN as error:
+        raise DecodeError("malformed-arrow", "the body is no whole and valid Arrow IPC stream") from error
+    parts = []
+    for batch in batches:
+        columns = _columns(batch, rules, now_us)
+        if columns is None:
+            points = [point for each in batches for point in _points(each)]
+            return rules.one_by_one(points, now_us, by_column, rejects)
+        parts.append(columns)
+    return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def _read(body: bytes, rules: Rules) -> list[pa.RecordBatch]:
+    """Return the record batches, with the columns that are known; they share the memory of `body`."""
+    source = pa.BufferReader(body)
+    _check_messages(source)
+    source.seek(0)
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    with pa.ipc.open_stream(source, options=options) as reader:
+        schema = reader.schema
+        _check_schema(schema, rules)
+        wanted = [index for index, name in enumerate(schema.names) if name in ALLOWED and name != "is_anomaly"]
+        if len(wanted) == len(schema):
+            return _take(reader, rules)
+    options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=wanted)
+    source.seek(0)
+    with pa.ipc.open_stream(source, options=options) as reader:
+        return _take(reader, rules)
+
+
+def _take(reader: pa.RecordBatchStreamReader, rules: Rules) -> list[pa.RecordBatch]:
+    batches, points = [], 0
+    for batch in reader:
+        points += batch.num_rows
+        if points > rules.max_points:  # a column of nulls takes no bytes: the number alone says how large a batch is
+            rules.check_count(points)
+        batches.append(batch)
+    return batches
+
+
+def _check_messages(source: pa.BufferReader) -> None:
+    """Walk the messages without reading what is in them; raises DecodeError for what is not taken."""
+    count = 0
+    for message in pa.ipc.MessageReader.open_stream(source):
+        count += 1
+        metadata = message.metadata
+        if count > MAX_MESSAGES:
+            raise DecodeError.invalid("", "too-many-batches", f"over {MAX_MESSAGES} messages: send larger batches")
+        if message.type == "schema":
+            if metadata.size > MAX_SCHEMA_BYTES:
+                raise DecodeError.invalid("", "large-schema", f"the schema is over {MAX_SCHEMA_BYTES} bytes")
+            continue
+        if message.body.size and message.body.address % 8:
+            raise DecodeError("malformed-arrow", "the messages of the stream are not padded to 8 bytes")
+        compressed, is_delta = _features(memoryview(metadata), message.type)
+        if compressed:
+            raise DecodeError.invalid(
+                "", "compressed-buffers", "the buffers are compressed: send them plain, with Content-Encoding: zstd"
+            )
+        if is_delta:
+            raise DecodeError.invalid("", "dictionary-delta", "a dictionary grows by deltas: send it whole")
+    if source.tell() != source.size():
+        raise DecodeError("malformed-arrow", "there are bytes after the end of the stream")
+
+
+def _features(metadata: memoryview, kind: str) -> tuple[bool, bool]:
+    """Return whether a message has compressed buffers, and whether it is a dictionary's delta.
+
+    Reads the flatbuffer (format/Message.fbs) that Arrow has verified already, so that its offsets hold. Before its
+    format knew of compression, Arrow 0.17 marked it in the message's own metadata.
+    """
+
+    def member(table: int, index: int) -> int:
+        """Return the place of a member of a table, 0 if it is absent."""
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        entry = 4 + 2 * index
+        offset = struct.unpack_from("<H", metadata, vtable + entry)[0] if entry < _u16(metadata, vtable) else 0
+        return table + offset if offset else 0
+
+    def follow(place: int) -> int:
+        return place + int(struct.unpack_from("<I", metadata, place)[0])
+
+    batch = follow(member(follow(0), 2))
+    is_delta = False
+    if kind == "dictionary":
+        flag = member(batch, 2)
+        is_delta = bool(flag and metadata[flag])
+        batch = follow(member(batch, 1))
+    return bool(member(batch, 3)) or b"experimental_compression" in metadata.tobytes(), is_delta
+
+
+def _u16(data: memoryview, place: int) -> int:
+    return int(struct.unpack_from("<H", data, place)[0])
+
+
+def _check_schema(schema: pa.Schema, rules: Rules) -> None:
+    """Raise DecodeError, naming the column, if the columns are not those of a point."""
+    names = schema.names
+    rules.check_names(names)
+    for name, kind in zip(names, schema.types, strict=True):
+        if name not in ALLOWED or name == "is_anomaly":
+            continue
+        if names.count(name) > 1:
+            raise DecodeError.invalid(f"/{name}", "duplicate-column", f"{name} is there more than once")
+        wanted = _mismatch(name, kind)
+        if wanted:
+            raise DecodeError.invalid(f"/{name}", "wrong-type", f"{name} must be {wanted}")
+
+
+def _mismatch(name: str, kind: pa.DataType) -> str:
+    """Return what a column must be, or nothing if it is of a type that can be taken."""
+    types = pa.types
+    if name == "satellite_id":
+        text = kind.value_type if types.is_dictionary(kind) else kind
+        return "" if _is_text(text) else "a column of strings, plain or dictionary-encoded"
+    if name == "timestamp":
+        taken = _is_text(kind) or types.is_null(kind) or (types.is_timestamp(kind) and kind.tz)
+        return "" if taken else "a timestamp with a time zone, or a column of RFC 3339 strings"
+    taken = types.is_floating(kind) or types.is_integer(kind) or (types.is_null(kind) and not BY_NAME[name].required)
+    return "" if taken else "a column of floating-point numbers or integers"
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in _TEXT)
+
+
+# -- whole columns
+
+
+def _columns(batch: pa.RecordBatch, rules: Rules, now_us: int) -> Columns | None:
+    """Return the columns of a validated batch if every value is plainly valid, else None."""
+    names = batch.schema.names
+    ids = _ids(batch.column(names.index("satellite_id")))
+    if ids is None:
+        return None
+    values = {}
+    for channel in CHANNELS:
+        if channel.name in names:
+            array = batch.column(names.index(channel.name))
+            if array.null_count == len(array) and not channel.required:
+                continue
+            column = _floats(array)
+            gaps = array.null_count
+            # NaN stands for null here; one that came as such is out of range.
+            if (gaps and (channel.required or int(np.isnan(column).sum()) != gaps)) or not inside(
+                column, channel, gaps=bool(gaps)
+            ):
+                return None
+            values[channel.name] = column
+    if "timestamp" in names:
+        times = _times(batch.column(names.index("timestamp")), rules, now_us)
+    else:
+        times = np.full(len(batch), now_us, np.int64)
+    return None if times is None else Columns(times, ids, values, np.zeros(len(batch), np.bool_))
+
+
+def _floats(array: pa.Array) -> Floats:
+    """Return a column of numbers, NaN for null. No integer within a channel's range is rounded."""
+    column: Floats = array.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    return column
+
+
+def _times(array: pa.Array, rules: Rules, now_us: int) -> Times | None:
+    if array.null_count == len(array):
+        return np.full(len(array), now_us, np.int64)
+    if _is_text(array.type):
+        return rules.times(array.to_pylist(), now_us)
+    unit = array.type.unit
+    raw = _integers(array)
+    gaps = array.null_count > 0
+    valid = array.is_valid().to_numpy(zero_copy_only=False) if gaps else slice(None)
+    earliest, latest = now_us - rules.oldest_us, now_us + FUTURE_US
+    # The comparison comes first and in the column's own unit: what passes cannot overflow.
+    if unit == "ns":
+        low, high = earliest * 1000, latest * 1000 + 999
+    else:
+        low, high = -(-earliest // _MICROSECONDS[unit]), latest // _MICROSECONDS[unit]
+    given = raw[valid]
+    if given.min() < low or given.max() > high:
+        return None
+    scaled = given // 1000 if unit == "ns" else given if unit == "us" else given * _MICROSECONDS[unit]
+    if not gaps:
+        return scaled
+    times = np.full(len(array), now_us, np.int64)
+    times[valid] = scaled
+    return times
+
+
+def _integers(array: pa.Array) -> NDArray[np.int64]:
+    """Return the values of a timestamp column as they are in memory; what stands in place of a null is undefined."""
+    return np.frombuffer(array.buffers()[1], np.int64, len(array), 8 * array.offset)
+
+
+def _ids(array: pa.Array) -> Ids | None:
+    """Turn satellite ids into an array of bytes if every one is plainly valid, else None."""
+    if array.null_count:
+        return None
+    if not pa.types.is_dictionary(array.type):
+        return _text(array)
+    dictionary, indices = array.dictionary, array.indices
+    if not len(dictionary) or dictionary.null_count:
+        return None
+    if len(dictionary) > len(indices):  # that of a whole fleet, for a few points
+        offsets = _offsets(dictionary)
+        long = (offsets[1:] - offsets[:-1]).max() > MAX_ID_BYTES  # to take it many times would make gigabytes of it
+        return None if long else _text(dictionary.take(indices))
+    values = _text(dictionary)
+    return None if values is None else values.take(indices.to_numpy())
+
+
+def _offsets(array: pa.Array) -> NDArray[Any]:
+    kind, size = (np.int64, 8) if pa.types.is_large_string(array.type) else (np.int32, 4)
+    return np.frombuffer(array.buffers()[1], kind, len(array) + 1, size * array.offset)
+
+
+def _text(array: pa.Array) -> Ids | None:
+    """Turn a column of strings without nulls into an array of bytes, if it holds ids and nothing else."""
+    offsets = _offsets(array)
+    widths = offsets[1:] - offsets[:-1]
+    narrowest, width = int(widths.min()), int(widths.max())
+    if width > MAX_ID_BYTES or narrowest == 0:
+        return None
+    data = memoryview(array.buffers()[2])[int(offsets[0]) : int(offsets[-1])]
+    if has_control(str(data, "utf-8")):
+        return None
+    flat = np.frombuffer(data, np.uint8)
+    if narrowest == width:
+        return flat.view(f"S{width}")
+    matrix = np.zeros((len(array), width), np.uint8)
+    matrix[np.arange(width) < widths[:, np.newaxis]] = flat
+    return matrix.view(f"S{width}").reshape(-1)
+
+
+# -- one by one
+
+
+def _points(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows of a validated batch for the scalar rule; equal ids share one text."""
+    columns: dict[str, list[Any]] = {}
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_dictionary(array.type):
+            codes, first = np.unique(array.indices.drop_null().to_numpy(), return_inverse=True)
+            texts = array.dictionary.take(pa.array(codes)).to_pylist()
+            known = iter(first.tolist())
+            columns[name] = [texts[next(known)] if valid else None for valid in array.is_valid().to_pylist()]
+        elif pa.types.is_timestamp(array.type):
+            factor = _MICROSECONDS.get(array.type.unit)
+            columns[name] = [
+                None if not valid else Instant(raw // 1000 if factor is None else raw * factor)
+                for valid, raw in zip(array.is_valid().to_pylist(), _integers(array).tolist(), strict=True)
+            ]
+        elif name in BY_NAME and not pa.types.is_null(array.type):
+            numbers = _floats(array).tolist()
+            columns[name] = [
+                number if valid else None for valid, number in zip(array.is_valid().to_pylist(), numbers, strict=True)
+            ]
+        else:
+            columns[name] = array.to_pylist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
