@@ -209,7 +209,7 @@ def _check_schema(url: str) -> int:
     with migrate.connect(url, "orbitstream-migrate") as connection:
         edition = migrate.find_edition(connection)
         left = migrate.pending(connection, edition)
-    print(edition)
+    print(edition, *edition.offers, sep="\n")
     for migration in left:
         print(f"pending {migration.version:04d} {migration.name}")
     print("the schema is up to date" if not left else f"{len(left)} migrations are pending: run `orbitstream migrate`")

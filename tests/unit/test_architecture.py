@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "keys": set(),
     "settlement": {"dead_letters", "keys"},
     "drain": {"copy_format", "dead_letters", "rows", "settlement", "timestamps"},
-    "migrate": set(),
-    "maintenance": {"migrate"},
+    "policies": set(),
+    "migrate": {"policies"},
+    "maintenance": {"migrate", "policies"},
     "connection": set(),
     "summary": {"drain"},
     "writer": {
