@@ -239,7 +239,8 @@ def _status(config: Settings, options: argparse.Namespace) -> int:
 def _print_status(report: dict[str, Any], config: Settings) -> None:
     queue, writers = report["queue"], report["writers"]
     print(f"{report['status']}: database {report['database']} ({report['edition']}), lanes in {config.lane_dir}")
-    print(f"writers  {writers['alive']} of {writers['expected']} alive, {report['committed_points']} points committed")
+    committed = f"{report['committed_points']} points committed, {report['compressed_points']} of them compressed"
+    print(f"writers  {writers['alive']} of {writers['expected']} alive, {committed}")
     print(f"queue    {queue['points']} points, the oldest {queue['oldest_s']} s old; {report['stopped_lanes']} stopped")
     for lane in report["lanes"]:
         numbers = (
