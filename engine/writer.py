@@ -32,6 +32,7 @@ from engine.drain import (
     end_blocking_backend,
 )
 from engine.heartbeat import Heartbeat, State
+from engine.latest import Latest
 from engine.migrate import find_edition
 from engine.ring import Lane, LaneError
 from engine.settings import Settings
@@ -125,6 +126,7 @@ class Writer:
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
         self.columnstore: Columnstore | None = None
+        self.latest = Latest()
         self.failures = 0
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
@@ -148,6 +150,7 @@ class Writer:
                 break
             if not self.pass_over(now):
                 time.sleep(POLL_S)
+            self.put_latest()
         self.summary.flush()
         self.beat.enter(State.ENDED)
         self.disconnect()
@@ -278,6 +281,16 @@ class Writer:
             stored |= self.flush(due.pop(0))
         return stored
 
+    def put_latest(self) -> None:
+        """Put some of the newest points into satellite_latest; a failure costs nobody a point."""
+        if self.connection is None or not self.latest.due(time.monotonic()):
+            return
+        try:
+            self.latest.put(self.connection)
+        except psycopg.Error as error:
+            self.disconnect()
+            self.summary.alarms.warning("satellite_latest is behind: %s", one_line(error))
+
     def probe(self, connection: Connection, now: float) -> None:
         """See that an idle connection still has a database at its other end, for the sake of /health."""
         if now >= self.next_probe:
@@ -349,6 +362,8 @@ class Writer:
         if flushed.dead_lettered:
             self.beat.dead_lettered(flushed.dead_lettered)
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
+        if flushed.columns is not None:
+            self.latest.add(flushed.columns, flushed.received)
         self.summary.add(flushed)
         log.debug("flush lane=%s points=%d ms=%.1f", mine.path.name, flushed.committed, seconds * 1000)
 
