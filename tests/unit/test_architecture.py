@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "embedded": {"embedded_home", "installations"},
     "supervisor": {"heartbeat", "lanes"},
     "verify": {"consumer", "lanes", "ring"},
-    "operate": {"consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "verify"},
+    "archive": {"columnstore", "copy_format", "rows"},
+    "operate": {"archive", "consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "verify"},
     "demo": {"embedded", "heartbeat"},
     "__main__": {
         "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate", "supervisor",
