@@ -101,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("name", nargs="?", help="whose token it is; its idempotency keys are its own")
     token.add_argument("--scope", action="append", choices=tokens.SCOPES, help="may be repeated (default: write)")
     token.add_argument("--quota", type=float, metavar="N", help="points/s at most (default: no limit)")
+    export = _command(commands, "export", operate.export_command, "write points to Parquet files, one a day")
+    export.add_argument(
+        "--from", dest="begin", type=operate.instant, required=True, help="first instant, as 2026-01-31"
+    )
+    export.add_argument("--to", dest="end", type=operate.instant, required=True, help="the instant after the last")
+    export.add_argument("--out", type=Path, required=True, help="folder to write to")
+    back = _command(commands, "import", operate.import_command, "store an export's points, once however often repeated")
+    back.add_argument("dir", type=Path, help="folder of an export")
+    back.add_argument("--beside", action="store_true", help="also where the table has other points of those days")
     demo.add_command(commands)
     return parser
 
@@ -229,7 +238,7 @@ def _check_schema(url: str) -> int:
     with migrate.connect(url, "orbitstream-migrate") as connection:
         edition = migrate.find_edition(connection)
         left = migrate.pending(connection, edition)
-    print(edition)
+    print(edition, *edition.offers, sep="\n")
     for migration in left:
         print(f"pending {migration.version:04d} {migration.name}")
     print("the schema is up to date" if not left else f"{len(left)} migrations are pending: run `orbitstream migrate`")
@@ -259,7 +268,8 @@ def _status(config: Settings, options: argparse.Namespace) -> int:
 def _print_status(report: dict[str, Any], config: Settings) -> None:
     queue, writers = report["queue"], report["writers"]
     print(f"{report['status']}: database {report['database']} ({report['edition']}), lanes in {config.lane_dir}")
-    print(f"writers  {writers['alive']} of {writers['expected']} alive, {report['committed_points']} points committed")
+    committed = f"{report['committed_points']} points committed, {report['compressed_points']} of them compressed"
+    print(f"writers  {writers['alive']} of {writers['expected']} alive, {committed}")
     print(f"queue    {queue['points']} points, the oldest {queue['oldest_s']} s old; {report['stopped_lanes']} stopped")
     for lane in report["lanes"]:
         numbers = (

@@ -6,6 +6,7 @@
        1  beat (ns)            5  flushes               9  server edition (see EDITIONS)
        2  state                6  failures
        3  in state since (ns)  7  stopped lanes       10  dead-lettered points
+      11  points that went straight to the columnstore
       64  latency histogram: points by the time from arrival to commit, LATENCY_BINS words
 
 Times marked ns are CLOCK_MONOTONIC, which all processes of one machine share. The web side reads this for /health
@@ -31,7 +32,7 @@ STALE_S: Final = 8.0
 LATENCY_BINS: Final = 256
 EDITIONS: Final = ("unknown", "plain", "apache", "timescale")
 
-_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD = range(11)
+_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD, _COMPRESSED = range(12)
 _LATENCY: Final = 64
 # Bin i counts latencies up to 10 us * 1.07**i: 7 % wide, from 10 us to 5 minutes.
 _EDGES: Final = 10.0 * 1.07 ** np.arange(LATENCY_BINS)
@@ -95,6 +96,9 @@ class Heartbeat:
     def dead_lettered(self, points: int) -> None:
         self._words[_DEAD] += points
 
+    def compressed(self, points: int) -> None:
+        self._words[_COMPRESSED] += points
+
     def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64]) -> None:
         """Count one commit; `latencies_us` holds for each point the time from arrival to commit."""
         words = self._words
@@ -144,6 +148,10 @@ class Heartbeat:
     @property
     def dead_lettered_points(self) -> int:
         return self._words[_DEAD]
+
+    @property
+    def compressed_points(self) -> int:
+        return self._words[_COMPRESSED]
 
     @property
     def edition(self) -> str:
