@@ -10,12 +10,12 @@ from typing import Final, Protocol
 import falcon
 import orjson
 
-from engine import keys, lanes, problems, rows, settings
+from engine import answers, keys, lanes, problems, rows, settings
 from engine.decode import DecodeError, Decoder
 from engine.health import describe
 from engine.limits import Limits
 from engine.problems import Problem
-from engine.producer import Producer
+from engine.producer import Producer, Receipt
 from engine.ring import LaneClosedError, LaneFailedError, LaneFullError, RecordTooLargeError
 from engine.rows import Columns
 from engine.settings import Settings
@@ -97,22 +97,20 @@ class Lane:
         """Return the header that says when a refused request will find room, at the current drain rate."""
         return {"Retry-After": str(self._producer.retry_after())}
 
-    def publish(self, payload: list[bytes], points: int, time_us: int, key: bytes) -> None:
+    def publish(self, payload: list[bytes], points: int, time_us: int, key: bytes) -> Receipt:
         """Commit one request as one record. Any other exception than Problem leaves its outcome unknown."""
         producer = self._producer
         try:
             try:
-                producer.publish(payload, points, time_us, key)
+                return producer.publish(payload, points, time_us, key)
             except LaneClosedError:  # a writer closed it: it is of another database, say
-                producer = self._take_another(producer)
-                producer.publish(payload, points, time_us, key)
+                return self._take_another(producer).publish(payload, points, time_us, key)
         except LaneFullError as error:
             raise Problem("lane-full", str(error), headers=self.retry_after()) from error
         except LaneFailedError as error:
             raise Problem("lane-failed", str(error)) from error
         except RecordTooLargeError as error:
             raise Problem("too-large", str(error)) from error
-        producer.answered(points)
 
     def _take_another(self, closed: Producer) -> Producer:
         with self._mutex:
@@ -139,10 +137,12 @@ class TelemetryResource:
         except DecodeError as error:
             raise Problem.of(error) from error
         payload = rows.pack_point(point.time_us, point.satellite_id, point.values, self._limits.flag(point.values))
-        self._lane.publish(payload, 1, received, key)
+        receipt = self._lane.publish(payload, 1, received, key)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
-        response.data = b'{"status":"accepted","satellite_id":%b}' % orjson.dumps(point.satellite_id.decode())
+        name = orjson.dumps(point.satellite_id.decode())
+        response.data = b'{"status":"accepted","satellite_id":%b}' % name
+        answers.release(request, response, receipt, b'{"status":"committed","count":1,"satellite_id":%b}' % name)
 
 
 class BatchResource:
@@ -166,10 +166,11 @@ class BatchResource:
         except DecodeError as error:
             raise Problem.of(error) from error
         columns.is_anomaly = self._limits.flags(columns)
-        self._lane.publish(rows.pack(columns), len(columns), received, key)
+        receipt = self._lane.publish(rows.pack(columns), len(columns), received, key)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
         response.data = b'{"status":"accepted","count":%d}' % len(columns)
+        answers.release(request, response, receipt, b'{"status":"committed","count":%d}' % len(columns))
 
 
 class HealthResource:

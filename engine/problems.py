@@ -18,10 +18,14 @@ _TITLES: Final = {
     "bad-request": (falcon.HTTP_400, "Bad request"),
     "not-found": (falcon.HTTP_404, "Not found"),
     "method-not-allowed": (falcon.HTTP_405, "Method not allowed"),
+    "request-timeout": (falcon.HTTP_408, "Request timed out"),
     "too-large": (falcon.HTTP_413, "Request too large"),
     "too-many-points": (falcon.HTTP_413, "Too many points"),
     "unsupported-media-type": (falcon.HTTP_415, "Unsupported media type"),
+    "expectation-failed": (falcon.HTTP_417, "Expectation failed"),
     "invalid-point": (falcon.HTTP_422, "Invalid point"),
+    "headers-too-large": (falcon.HTTP_431, "Headers too large"),
+    "not-implemented": (falcon.HTTP_501, "Not implemented"),
     "lane-failed": (falcon.HTTP_503, "Lane stopped"),
     "lane-full": (falcon.HTTP_503, "Lane full"),
     "not-ready": (falcon.HTTP_503, "Not ready"),
@@ -37,7 +41,7 @@ class Problem(Exception):
         super().__init__(detail)
         self.code, self.detail, self.faults, self.headers = code, detail, faults, headers or {}
         self.status, self.title = _TITLES[code]
-        self.retryable = self.status == falcon.HTTP_503
+        self.retryable = self.status in (falcon.HTTP_408, falcon.HTTP_503)
 
     @classmethod
     def of(cls, error: DecodeError) -> Problem:

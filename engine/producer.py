@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from engine.failpoints import ARMED, hit
 from engine.ring import (
@@ -31,6 +32,33 @@ from engine.ring import (
 )
 
 
+class Receipt(NamedTuple):
+    """A published record that is not answered for yet."""
+
+    producer: Producer
+    end: int
+    points: int
+
+    def sync(self) -> None:
+        """Make the record as durable as its lane promises; raises OSError if that is not known to be so."""
+        if self.producer.durable:
+            self.producer.sync(self.end)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the database has what is to be had of it: rows, or dead letters."""
+        return self.producer.lane.tail >= self.end
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it may take long, since the lane was closed under it."""
+        return self.producer.lane.closed
+
+    def answered(self) -> None:
+        """Count its points as answered: the 202 is on its way."""
+        self.producer.answered(self.points)
+
+
 class Producer:
     """The one writer of records. Who holds the lane's producer lock, and nobody else, may make and use one."""
 
@@ -44,8 +72,8 @@ class Producer:
         self._mark = (time.monotonic(), lane.tail)
         self._drain_rate = 0.0
 
-    def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> int:
-        """Commit one record and return the new head; all or nothing. With `durable`, it is on the disk then.
+    def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> Receipt:
+        """Commit one record, all or nothing; with `durable` it is answered for only after the receipt's `sync`.
 
         `payload` is written piece after piece. Raises LaneFullError, LaneFailedError, LaneClosedError or
         RecordTooLargeError before the first byte is written; after any other exception the record may be stored or
@@ -58,15 +86,13 @@ class Producer:
                 )
             if self.lane.closed:
                 raise LaneClosedError(f"{self.lane.path.name} is closed")
-            end = self._publish(payload, points, time_us, key)
-        if self.durable:
-            self._sync(end)
-        return end
+            return Receipt(self, self._publish(payload, points, time_us, key), points)
 
-    def _sync(self, end: int) -> None:
-        """Bring the ring to the disk up to `end`; threads that wait meanwhile are covered by the next one's sync.
+    def sync(self, end: int) -> None:
+        """Bring the ring to the disk up to `end` and beyond: one sync covers all that was published before it.
 
-        A failed fdatasync is never repeated: the kernel may have dropped the pages and would report success.
+        A failed fdatasync is never repeated: the kernel may have dropped the pages and would report success. The lane
+        is stopped then, and whether its last records are stored is not known.
         """
         words = self.lane.words
         with self._sync_mutex:
