@@ -50,7 +50,7 @@ def release(request: falcon.Request, response: falcon.Response, receipt: Receipt
     """
     wait_s = wait_preference(request.env.get("HTTP_PREFER"))
     if wait_s:
-        response.set_header("Preference-Applied", f"wait={wait_s}")
+        response.append_header("Preference-Applied", f"wait={wait_s}")
     if HOLDS in request.env:
         if wait_s or receipt.producer.durable:
             request.env[HELD] = Held(receipt, wait_s, (falcon.HTTP_200, settled))

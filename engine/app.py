@@ -36,9 +36,8 @@ class Input(Protocol):
 def read_body(request: falcon.Request, limit: int) -> bytes:
     """Return the whole body, of known length or chunked; raises Problem for one over `limit` bytes or cut short."""
     length = request.content_length
-    too_large = Problem("too-large", f"the body is over {limit} bytes: send fewer points a request")
     if length is not None and length > limit:
-        raise too_large
+        raise _too_large(limit)
     if length is None and "chunked" not in (request.get_header("Transfer-Encoding") or "").lower():
         return b""
     stream: Input = request.env["wsgi.input"]
@@ -54,10 +53,14 @@ def read_body(request: falcon.Request, limit: int) -> bytes:
         pieces.append(piece)
         got += len(piece)
     if got > limit:
-        raise too_large
+        raise _too_large(limit)
     if length is not None and got < length:
         raise Problem("bad-request", "the body is shorter than its Content-Length")
     return b"".join(pieces)
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem("too-large", f"the body is over {limit} bytes: send fewer points a request")
 
 
 def media_type(request: falcon.Request, *known: str) -> str:

@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,10 @@ it the answer on its way. Also how long a stopping loop waits for a request on a
 TICK_S: Final = 0.25
 REQUESTS_A_TURN: Final = 16
 """Of one connection, so that a client that pipelines thousands leaves room for others."""
-ACCEPTS_A_TURN: Final = 4
-"""Few, so that the other workers, which poll the same listener, get their share of a burst of connections."""
+ACCEPT_PAUSE_S: Final = 20e-6
+MAX_ACCEPT_PAUSE_S: Final = 2e-3
+"""After each accept the listener is left to the other workers for ACCEPT_PAUSE_S per connection already held, so that
+who has fewer takes the next one. Without it one of two workers got all of 64 connections, and half of the rate."""
 READ_BYTES: Final = 256 << 10
 
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -121,6 +122,7 @@ class Loop:
         self._environs = {fd: _ends(listener) for fd, listener in self._listeners.items()}
         self._epoll = select.epoll()
         self._accepting = False
+        self._accept_at = 0.0
         self._clients: dict[int, Client] = {}
         self._heads = Heads()
         self._buffer = memoryview(bytearray(READ_BYTES))
@@ -129,21 +131,19 @@ class Loop:
         self._parked: list[_Parked] = []
         self._status = ""
         self._headers: list[tuple[str, str]] = []
-        self._pieces: list[bytes] = []
+        self._written: list[bytes] = []
         self._now = time.monotonic()
-        self._date, self._date_until = "", 0.0
+        self._date, self._date_until = b"", 0.0
         self._next_tick = 0.0
+        self.stopping = False
         self._stop_at = float("inf")
         self._idle_until = float("inf")
         self.requests = 0
 
-    @property
-    def stopping(self) -> bool:
-        return self._stop_at != float("inf")
-
     def stop(self) -> None:
         """Take no more connections, finish the requests that are there, and end."""
         if not self.stopping:
+            self.stopping = True
             self._stop_at = self._now + self._bounds.graceful
             self._idle_until = self._now + min(LINGER_S, self._bounds.graceful)
             for client in self._clients.values():
@@ -172,8 +172,11 @@ class Loop:
     # -- a turn
 
     def _turn(self) -> None:
-        timeout = 0.0 if self._again else POLL_S if self._parked else max(0.0, self._next_tick - time.monotonic())
-        events = self._epoll.poll(timeout)
+        if not self._accepting and self._now >= self._accept_at and len(self._clients) < self._bounds.max_connections:
+            self._set_accepting(not self.stopping)
+        until = self._next_tick if self._accepting else min(self._next_tick, max(self._accept_at, self._now + 1e-3))
+        timeout = 0.0 if self._again else min(POLL_S, until - self._now) if self._parked else until - self._now
+        events = self._epoll.poll(max(0.0, timeout))
         self._now = time.monotonic()
         if self._now >= self._date_until:
             self._date, self._date_until = http_answer.http_date(), self._now + 0.5
@@ -200,7 +203,7 @@ class Loop:
             self._look_at_parked()
 
     def _tick(self) -> None:
-        """Close what is overdue, and accept again if that was given up."""
+        """Close what is overdue."""
         for client in list(self._clients.values()):
             if self._now < client.deadline or client.waiting:
                 continue
@@ -210,7 +213,6 @@ class Loop:
                 what = "head" if client.stage[0] is Phase.HEAD else "body"
                 self._refuse(client, Problem("request-timeout", f"the {what} of the request took too long to arrive"))
                 self._send(client)
-        self._set_accepting(not self.stopping and len(self._clients) < self._bounds.max_connections)
 
     # -- connections
 
@@ -224,31 +226,31 @@ class Loop:
                     self._epoll.unregister(fd)
 
     def _accept(self, fd: int) -> None:
-        for _ in range(ACCEPTS_A_TURN):
-            if len(self._clients) >= self._bounds.max_connections:
-                self._set_accepting(False)
-                return
-            try:
-                sock, address = self._listeners[fd].accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # the supervisor shut the listener down: it wants us to end
-                    self.stop()
-                    return
-                if error.errno in _OUT_OF_RESOURCES:
-                    log.error("cannot accept connections: %s; raise the limit of open files (ulimit -n)", error)
-                    self._set_accepting(False)  # until the next tick
-                    return
-                continue  # the client left before it was accepted
-            sock.setblocking(False)
-            ends = self._environs[fd]
-            if isinstance(address, tuple):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                ends = {**ends, "REMOTE_ADDR": address[0], "REMOTE_PORT": str(address[1])}
-            client = Client(sock, Connection(self._heads, ends, self._bounds.max_body), self._now + HEAD_S)
-            self._clients[client.fd] = client
-            self._epoll.register(client.fd, _IN)
+        try:
+            sock, address = self._listeners[fd].accept()
+        except BlockingIOError:  # another worker was faster
+            return
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # the supervisor shut the listener down: it wants us to end
+                self.stop()
+            elif error.errno in _OUT_OF_RESOURCES:
+                log.error("cannot accept connections: %s; raise the limit of open files (ulimit -n)", error)
+                self._pause_accepting(TICK_S)
+            return  # any other: the client left before it was accepted
+        sock.setblocking(False)
+        ends = self._environs[fd]
+        if isinstance(address, tuple):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ends = {**ends, "REMOTE_ADDR": address[0], "REMOTE_PORT": str(address[1])}
+        self._pause_accepting(min(len(self._clients) * ACCEPT_PAUSE_S, MAX_ACCEPT_PAUSE_S))
+        client = Client(sock, Connection(self._heads, ends, self._bounds.max_body), self._now + HEAD_S)
+        self._clients[client.fd] = client
+        self._epoll.register(client.fd, _IN)
+
+    def _pause_accepting(self, seconds: float) -> None:
+        if seconds:
+            self._accept_at = self._now + seconds
+            self._set_accepting(False)
 
     def _drop(self, client: Client) -> None:
         if not client.closed:
@@ -296,6 +298,9 @@ class Loop:
                 self._answer(client, *request)
                 if client.closing or client.waiting:
                     break
+                if not connection.has_more and not client.eof:
+                    client.deadline = min(self._now + self._bounds.keepalive, self._idle_until)
+                    break
             else:
                 self._again.append(client)
         except Problem as problem:
@@ -333,7 +338,7 @@ class Loop:
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], None]:
         self._status, self._headers = status, headers
-        return self._pieces.append
+        return self._written.append
 
     def _answer(self, client: Client, environ: dict[str, Any], keep_alive: bool) -> None:
         """Call the application and put its answer into `out`."""
@@ -346,24 +351,20 @@ class Loop:
         try:
             body = self._call(environ)
             old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
-            connection = "close" if closing else "keep-alive" if old else None
+            connection = "close" if closing else "keep-alive" if old else ""
             head_only = environ["REQUEST_METHOD"] == "HEAD"
-
-            def answer(status: str, body: bytes, headers: list[tuple[str, str]]) -> bytes:
-                return http_answer.render(
-                    status, headers, body, date=self._date, connection=connection, head_only=head_only
-                )
-
+            answer = http_answer.render(self._status, self._headers, body, self._date, connection, head_only)
             held: Held | None = environ.get(HELD)
             if held is not None:
                 settled = b""
                 if held.wait_s:
                     client.waiting = True
                     uncounted = [pair for pair in self._headers if pair[0].lower() != "content-length"]
-                    settled = answer(*held.settled, uncounted)
+                    status, committed = held.settled
+                    settled = http_answer.render(status, uncounted, committed, self._date, connection, head_only)
                 client.holding = True
                 self._pending.append(_Pending(client, held, len(client.out), settled))
-            client.out.append(answer(self._status, body, self._headers))
+            client.out.append(answer)
         except Exception:
             log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
             client.closing = True
@@ -373,16 +374,17 @@ class Loop:
             self._access_log(environ, self._status, self._headers, len(body), time.monotonic() - begun)
 
     def _call(self, environ: dict[str, Any]) -> bytes:
-        environ[HOLDS] = True
-        self._pieces.clear()
+        self._written.clear()
         result = self._application(environ, self._start_response)
+        if type(result) is list and len(result) == 1 and not self._written:
+            piece: bytes = result[0]
+            return piece
         try:
-            self._pieces.extend(result)
+            return b"".join([*self._written, *result])
         finally:
             close = getattr(result, "close", None)
             if close is not None:
                 close()
-        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
     def _refuse(self, client: Client, problem: Problem) -> None:
         """Answer what is no request, and close."""
@@ -486,5 +488,5 @@ def _ends(listener: socket.socket) -> dict[str, Any]:
     """Return what the environ says of our end of a connection."""
     name = listener.getsockname()
     if isinstance(name, tuple):
-        return {"SERVER_NAME": name[0], "SERVER_PORT": str(name[1]), "REMOTE_ADDR": "", "wsgi.errors": sys.stderr}
-    return {"SERVER_NAME": "localhost", "SERVER_PORT": "", "REMOTE_ADDR": "", "wsgi.errors": sys.stderr}
+        return {"SERVER_NAME": name[0], "SERVER_PORT": str(name[1]), "REMOTE_ADDR": "", HOLDS: True}
+    return {"SERVER_NAME": "localhost", "SERVER_PORT": "", "REMOTE_ADDR": "", HOLDS: True}

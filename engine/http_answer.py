@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from email.utils import formatdate
+from typing import Any, Final
 
 from engine.problems import MEDIA_TYPE, Problem
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def http_date() -> str:
-    """Return the time as a Date header has it."""
-    return formatdate(usegmt=True)
+_MEMO_HEADS: Final = 256
+_memo: dict[tuple[Any, ...], bytes] = {}
+
+
+def http_date() -> bytes:
+    """Return the Date header, as a line."""
+    return b"Date: %b\r\n" % formatdate(usegmt=True).encode()
 
 
 def render(
-    status: str,
-    headers: Iterable[tuple[str, str]],
-    body: bytes,
-    *,
-    date: str,
-    connection: str | None = None,
-    head_only: bool = False,
+    status: str, headers: list[tuple[str, str]], body: bytes, date: bytes, connection: str = "", head_only: bool = False
 ) -> bytes:
-    """Return an answer in one piece; `connection` is the Connection header, `head_only` that of a HEAD request.
+    """Return an answer in one piece; `connection` is the Connection header, `head_only` is for a HEAD request.
 
     Raises ValueError for a header that holds a line end.
     """
-    lines = [f"HTTP/1.1 {status}\r\nDate: {date}"]
-    bodiless = status[:3] in ("204", "304") or status[0] == "1"
-    counted = bodiless
-    for name, value in headers:
-        if name.lower() == "content-length":
-            if bodiless:
-                continue
-            counted = True
-        lines.append(f"{name}: {value}")
-    if not counted:
-        lines.append(f"Content-Length: {len(body)}")
-    if connection is not None:
+    bodiless = status.startswith(("1", "204", "304"))
+    key = (status, connection, bodiless or len(body), *headers)
+    head = _memo.get(key)
+    if head is None:
+        if len(_memo) >= _MEMO_HEADS:
+            _memo.clear()
+        head = _memo[key] = _head(status, headers, connection, None if bodiless else len(body))
+    return b"".join((head, date, b"\r\n" if head_only or bodiless else b"\r\n" + body))
+
+
+def _head(status: str, headers: list[tuple[str, str]], connection: str, length: int | None) -> bytes:
+    lines = [f"HTTP/1.1 {status}"]
+    lines += [f"{name}: {value}" for name, value in headers if length is not None or name.lower() != "content-length"]
+    if length is not None and not any(name.lower() == "content-length" for name, _ in headers):
+        lines.append(f"Content-Length: {length}")
+    if connection:
         lines.append(f"Connection: {connection}")
-    lines.append("\r\n")
-    head = "\r\n".join(lines)
-    if head.count("\n") != len(lines) + 1 or head.count("\r") != len(lines) + 1:
+    if any("\r" in line or "\n" in line for line in lines):
         raise ValueError(f"a header of the answer {status} holds a line end")
-    return head.encode("latin-1") if head_only or bodiless else head.encode("latin-1") + body
+    return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
-def refusal(problem: Problem, instance: str, date: str) -> bytes:
+def refusal(problem: Problem, instance: str, date: bytes) -> bytes:
     """Return the answer to what is no request; the connection closes after it."""
     headers = [("Content-Type", MEDIA_TYPE), *problem.headers.items()]
-    return render(problem.status, headers, problem.body(instance), date=date, connection="close")
+    return render(problem.status, headers, problem.body(instance), date, "close")
 
 
-def unknown(date: str) -> bytes:
+def unknown(date: bytes) -> bytes:
     """Return the bare 500 that says nothing of whether the request was stored."""
-    return render("500 Internal Server Error", [], b"", date=date, connection="close")
+    return render("500 Internal Server Error", [], b"", date, "close")

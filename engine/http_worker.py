@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ class Worker(BaseWorker):  # type: ignore[misc]  # gunicorn has no types
         )
         access_log = self._log_access if self.cfg.accesslog else None
         loop = Loop(self.wsgi, self.sockets, bounds, wake=self.PIPE[0], access_log=access_log)
+        gc.collect()
+        gc.freeze()  # what is here now stays: a collection among requests need not look at it
         loop.run(self._keep_going)
 
     def _keep_going(self) -> bool:

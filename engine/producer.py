@@ -150,16 +150,15 @@ class Producer:
         if end - words[TAIL] > capacity:
             self._note_drain()
             raise LaneFullError(f"{lane.path.name} is full: {capacity} bytes wait for the database")
-        counters = lane.published
         if start != head and room >= RECORD_HEADER.size:
             self._write_pad(head, room)
         offset = start % capacity
         place = offset + RECORD_HEADER.size
         body = RECORD_BODY.pack(start, time_us, points, 0, len(key))
         crc = zlib.crc32(body, lane.seed)
-        pieces = [key, bytes(padded(len(key)) - len(key)), *payload, bytes(length - used)] if key else [
-            *payload, bytes(length - used)
-        ]  # fmt: skip
+        pieces = [key, bytes(padded(len(key)) - len(key)), *payload] if key else [*payload]
+        if length > used:
+            pieces.append(bytes(length - used))
         if ARMED:
             hit("publish-before-payload")
         for piece in pieces:
@@ -169,7 +168,7 @@ class Producer:
         data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
         if ARMED:
             hit("publish-before-counters")
-        self._store_counters(end, counters.points + points, counters.records + 1)
+        self._store_counters(end, points)
         if ARMED:
             hit("publish-before-head")
         words[HEAD] = end
@@ -184,11 +183,14 @@ class Producer:
         crc = zlib.crc32(body, lane.seed)  # the header alone: what lies behind it is of no account
         lane.data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
 
-    def _store_counters(self, position: int, points: int, records: int) -> None:
-        """Write the pair that is not in force; the store of `head` that follows puts it in force."""
+    def _store_counters(self, position: int, points: int) -> None:
+        """Write the pair that is not in force, for one record more; the store of `head` that follows puts it in force.
+
+        The pair whose position equals `head` is in force. That holds from the lane's creation on, where both are 0.
+        """
         words = self.lane.words
-        slot = COUNTERS_B if words[COUNTERS_A] == words[HEAD] else COUNTERS_A
-        words[slot] = (1 << 64) - 1  # matches no head while the pair is half written
-        words[slot + 1] = points
-        words[slot + 2] = records
-        words[slot] = position
+        old, new = (COUNTERS_A, COUNTERS_B) if words[COUNTERS_A] == words[HEAD] else (COUNTERS_B, COUNTERS_A)
+        words[new] = (1 << 64) - 1  # matches no head while the pair is half written
+        words[new + 1] = words[old + 1] + points
+        words[new + 2] = words[old + 2] + 1
+        words[new] = position
