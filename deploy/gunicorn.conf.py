@@ -23,8 +23,8 @@ _supervised = settings.supervised()
 bind = [f"fd://{_supervised[1]}"] if _supervised else [f"{_config.host}:{_config.port}"]
 proc_name = "orbitstream-web"
 workers = _config.workers
-worker_class = {"gthread": "engine.gthread.Worker"}[_config.worker_class]
-# gthread: a keep-alive connection waits in a poller, not in a thread. More threads than this only hand the GIL around.
+worker_class = {"eventloop": "engine.http_worker.Worker", "gthread": "engine.gthread.Worker"}[_config.worker_class]
+# gthread alone: a keep-alive connection waits in a poller, not in a thread. More threads only hand the GIL around.
 threads = 4
 worker_connections = 1000
 # Longer than a client's pause between batches: a request on a connection closed just then has an unknown outcome.

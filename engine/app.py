@@ -10,7 +10,7 @@ from typing import Final
 import falcon
 import orjson
 
-from engine import body, keys, lanes, openapi, problems, rows, settings
+from engine import answers, body, keys, lanes, openapi, problems, rows, settings
 from engine.body import ARROW, JSON, NDJSON
 from engine.decode import Decoder
 from engine.guard import Guard
@@ -19,7 +19,7 @@ from engine.limits import Limits
 from engine.points import DecodeError, Rejects
 from engine.prefer import is_lenient
 from engine.problems import Problem
-from engine.producer import Producer
+from engine.producer import Producer, Receipt
 from engine.ring import LaneClosedError, LaneFailedError, LaneFullError, RecordTooLargeError
 from engine.rows import Columns
 from engine.settings import Settings
@@ -62,22 +62,20 @@ class Lane:
         """Return the header that says when a refused request will find room, at the current drain rate."""
         return {"Retry-After": str(self._producer.retry_after())}
 
-    def publish(self, payload: list[bytes], points: int, time_us: int, key: bytes) -> None:
+    def publish(self, payload: list[bytes], points: int, time_us: int, key: bytes) -> Receipt:
         """Commit one request as one record. Any other exception than Problem leaves its outcome unknown."""
         producer = self._producer
         try:
             try:
-                producer.publish(payload, points, time_us, key)
+                return producer.publish(payload, points, time_us, key)
             except LaneClosedError:  # a writer closed it: it is of another database, say
-                producer = self._take_another(producer)
-                producer.publish(payload, points, time_us, key)
+                return self._take_another(producer).publish(payload, points, time_us, key)
         except LaneFullError as error:
             raise Problem("lane-full", str(error), headers=self.retry_after()) from error
         except LaneFailedError as error:
             raise Problem("lane-failed", str(error)) from error
         except RecordTooLargeError as error:
             raise Problem("too-large", str(error)) from error
-        producer.answered(points)
 
     def _take_another(self, closed: Producer) -> Producer:
         with self._mutex:
@@ -106,12 +104,14 @@ class TelemetryResource:
         except DecodeError as error:
             raise Problem.of(error) from error
         payload = rows.pack_point(point.time_us, point.satellite_id, point.values, self._limits.flag(point.values))
-        self._lane.publish(payload, 1, received, key)
+        receipt = self._lane.publish(payload, 1, received, key)
         if self._guard is not None:
             self._guard.charge(request, 1)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
-        response.data = b'{"status":"accepted","satellite_id":%b}' % orjson.dumps(point.satellite_id.decode())
+        name = orjson.dumps(point.satellite_id.decode())
+        response.data = b'{"status":"accepted","satellite_id":%b}' % name
+        answers.release(request, response, receipt, b'{"status":"committed","count":1,"satellite_id":%b}' % name)
 
 
 class BatchResource:
@@ -142,23 +142,26 @@ class BatchResource:
             raise Problem.of(error) from error
         columns.is_anomaly = self._limits.flags(columns)
         count = len(columns)
-        self._lane.publish(rows.pack(columns), count, received, key)
+        receipt = self._lane.publish(rows.pack(columns), count, received, key)
         if self._guard is not None:
             self._guard.charge(request, count)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
         if rejects is None:
             response.data = b'{"status":"accepted","count":%d}' % count
+            settled = b'{"status":"committed","count":%d}' % count
         else:
-            response.set_header("Preference-Applied", "handling=lenient")
-            response.data = lenient_answer(count, rejects)
+            response.append_header("Preference-Applied", "handling=lenient")
+            response.data = lenient_answer("accepted", count, rejects)
+            settled = lenient_answer("committed", count, rejects)
+        answers.release(request, response, receipt, settled)
 
 
-def lenient_answer(count: int, rejects: Rejects) -> bytes:
+def lenient_answer(status: str, count: int, rejects: Rejects) -> bytes:
     """Return the body of the answer to a lenient batch: how many were accepted, and which were not."""
     errors = [problems.describe(fault) for fault in rejects.faults]
     return orjson.dumps(
-        {"status": "accepted", "count": count, "accepted": count, "rejected": rejects.indexes, "errors": errors}
+        {"status": status, "count": count, "accepted": count, "rejected": rejects.indexes, "errors": errors}
     )
 
 

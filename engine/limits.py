@@ -40,6 +40,8 @@ class Limits:
 
     def flag(self, values: Mapping[str, float]) -> bool:
         """Tell whether one point with these values is an anomaly."""
-        return any(
-            limit.channel in values and limit.compare(values[limit.channel], limit.threshold) for limit in self.limits
-        )
+        for channel, compare, threshold in self.limits:
+            value = values.get(channel)
+            if value is not None and compare(value, threshold):
+                return True
+        return False

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Final
+
+MAX_WAIT_S: Final = 60
 
 _PREFERENCE = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*("(?:[^"\\]|\\.)*"|[^\s,;"]*))?\s*((?:;[^,]*)?)')
 
@@ -20,3 +23,9 @@ def preferences(header: str | None) -> dict[str, str]:
 def is_lenient(header: str | None) -> bool:
     """Tell whether bad points are to be left out of a batch instead of refusing it."""
     return header is not None and preferences(header).get("handling", "").lower() == "lenient"
+
+
+def wait_seconds(header: str | None) -> int:
+    """Return for how many seconds the client is willing to wait, at most MAX_WAIT_S; 0 if it does not say."""
+    given = preferences(header).get("wait", "") if header is not None else ""
+    return min(int(given[:9]), MAX_WAIT_S) if given.isascii() and given.isdigit() else 0

@@ -21,17 +21,21 @@ PROBLEMS: Final[dict[str, tuple[str, str]]] = {
     "forbidden": (falcon.HTTP_403, "Not allowed"),
     "not-found": (falcon.HTTP_404, "Not found"),
     "method-not-allowed": (falcon.HTTP_405, "Method not allowed"),
+    "request-timeout": (falcon.HTTP_408, "Request timed out"),
     "too-large": (falcon.HTTP_413, "Request too large"),
     "too-many-points": (falcon.HTTP_413, "Too many points"),
     "unsupported-media-type": (falcon.HTTP_415, "Unsupported media type"),
+    "expectation-failed": (falcon.HTTP_417, "Expectation failed"),
     "invalid-point": (falcon.HTTP_422, "Invalid point"),
     "quota-exceeded": (falcon.HTTP_429, "Quota exceeded"),
+    "headers-too-large": (falcon.HTTP_431, "Headers too large"),
+    "not-implemented": (falcon.HTTP_501, "Not implemented"),
     "lane-failed": (falcon.HTTP_503, "Lane stopped"),
     "lane-full": (falcon.HTTP_503, "Lane full"),
     "not-ready": (falcon.HTTP_503, "Not ready"),
 }
 """Every problem there is: its code, the end of its `type`, with status and title."""
-RETRYABLE: Final = (falcon.HTTP_429, falcon.HTTP_503)
+RETRYABLE: Final = (falcon.HTTP_408, falcon.HTTP_429, falcon.HTTP_503)
 
 
 def describe(fault: Fault) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from engine.failpoints import ARMED, hit
 from engine.ring import (
@@ -31,6 +32,33 @@ from engine.ring import (
 )
 
 
+class Receipt(NamedTuple):
+    """A published record that is not answered for yet."""
+
+    producer: Producer
+    end: int
+    points: int
+
+    def sync(self) -> None:
+        """Make the record as durable as its lane promises; raises OSError if that is not known to be so."""
+        if self.producer.durable:
+            self.producer.sync(self.end)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the database has what is to be had of it: rows, or dead letters."""
+        return self.producer.lane.tail >= self.end
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it may take long, since the lane was closed under it."""
+        return self.producer.lane.closed
+
+    def answered(self) -> None:
+        """Count its points as answered: the 202 is on its way."""
+        self.producer.answered(self.points)
+
+
 class Producer:
     """The one writer of records. Who holds the lane's producer lock, and nobody else, may make and use one."""
 
@@ -44,8 +72,8 @@ class Producer:
         self._mark = (time.monotonic(), lane.tail)
         self._drain_rate = 0.0
 
-    def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> int:
-        """Commit one record and return the new head; all or nothing. With `durable`, it is on the disk then.
+    def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> Receipt:
+        """Commit one record, all or nothing; with `durable` it is answered for only after the receipt's `sync`.
 
         `payload` is written piece after piece. Raises LaneFullError, LaneFailedError, LaneClosedError or
         RecordTooLargeError before the first byte is written; after any other exception the record may be stored or
@@ -58,15 +86,13 @@ class Producer:
                 )
             if self.lane.closed:
                 raise LaneClosedError(f"{self.lane.path.name} is closed")
-            end = self._publish(payload, points, time_us, key)
-        if self.durable:
-            self._sync(end)
-        return end
+            return Receipt(self, self._publish(payload, points, time_us, key), points)
 
-    def _sync(self, end: int) -> None:
-        """Bring the ring to the disk up to `end`; threads that wait meanwhile are covered by the next one's sync.
+    def sync(self, end: int) -> None:
+        """Bring the ring to the disk up to `end` and beyond: one sync covers all that was published before it.
 
-        A failed fdatasync is never repeated: the kernel may have dropped the pages and would report success.
+        A failed fdatasync is never repeated: the kernel may have dropped the pages and would report success. The lane
+        is stopped then, and whether its last records are stored is not known.
         """
         words = self.lane.words
         with self._sync_mutex:
@@ -124,16 +150,15 @@ class Producer:
         if end - words[TAIL] > capacity:
             self._note_drain()
             raise LaneFullError(f"{lane.path.name} is full: {capacity} bytes wait for the database")
-        counters = lane.published
         if start != head and room >= RECORD_HEADER.size:
             self._write_pad(head, room)
         offset = start % capacity
         place = offset + RECORD_HEADER.size
         body = RECORD_BODY.pack(start, time_us, points, 0, len(key))
         crc = zlib.crc32(body, lane.seed)
-        pieces = [key, bytes(padded(len(key)) - len(key)), *payload, bytes(length - used)] if key else [
-            *payload, bytes(length - used)
-        ]  # fmt: skip
+        pieces = [key, bytes(padded(len(key)) - len(key)), *payload] if key else [*payload]
+        if length > used:
+            pieces.append(bytes(length - used))
         if ARMED:
             hit("publish-before-payload")
         for piece in pieces:
@@ -143,7 +168,7 @@ class Producer:
         data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
         if ARMED:
             hit("publish-before-counters")
-        self._store_counters(end, counters.points + points, counters.records + 1)
+        self._store_counters(end, points)
         if ARMED:
             hit("publish-before-head")
         words[HEAD] = end
@@ -158,11 +183,14 @@ class Producer:
         crc = zlib.crc32(body, lane.seed)  # the header alone: what lies behind it is of no account
         lane.data[offset : offset + RECORD_HEADER.size] = struct.pack("<II", length, crc) + body
 
-    def _store_counters(self, position: int, points: int, records: int) -> None:
-        """Write the pair that is not in force; the store of `head` that follows puts it in force."""
+    def _store_counters(self, position: int, points: int) -> None:
+        """Write the pair that is not in force, for one record more; the store of `head` that follows puts it in force.
+
+        The pair whose position equals `head` is in force. That holds from the lane's creation on, where both are 0.
+        """
         words = self.lane.words
-        slot = COUNTERS_B if words[COUNTERS_A] == words[HEAD] else COUNTERS_A
-        words[slot] = (1 << 64) - 1  # matches no head while the pair is half written
-        words[slot + 1] = points
-        words[slot + 2] = records
-        words[slot] = position
+        old, new = (COUNTERS_A, COUNTERS_B) if words[COUNTERS_A] == words[HEAD] else (COUNTERS_B, COUNTERS_A)
+        words[new] = (1 << 64) - 1  # matches no head while the pair is half written
+        words[new + 1] = words[old + 1] + points
+        words[new + 2] = words[old + 2] + 1
+        words[new] = position

@@ -37,6 +37,7 @@ Ids = NDArray[np.bytes_]
 _PREFIX = struct.Struct("<IHH")
 _FORMAT: Final = 1
 CHANNEL_NAMES: Final = tuple(channel.name for channel in CHANNELS)
+_BITS: Final = tuple((name, 1 << bit) for bit, name in enumerate(CHANNEL_NAMES))
 
 
 @dataclass(slots=True)
@@ -98,13 +99,18 @@ def pack(columns: Columns) -> list[bytes]:
 def pack_point(time_us: int, satellite_id: bytes, values: Mapping[str, float], is_anomaly: bool) -> list[bytes]:
     """Return the payload of a record of one point; the same bytes as `pack` makes, without the cost of arrays."""
     mask, floats = 0, []
-    for bit, name in enumerate(CHANNEL_NAMES):
+    for name, bit in _BITS:
         value = values.get(name)
         if value is not None:
-            mask |= 1 << bit
+            mask |= bit
             floats.append(value)
     width = len(satellite_id)
-    return [struct.pack(f"<IHHq{len(floats)}d?{width}s", mask, width, 0, time_us, *floats, is_anomaly, satellite_id)]
+    return [_point_struct(len(floats), width).pack(mask, width, 0, time_us, *floats, is_anomaly, satellite_id)]
+
+
+@lru_cache(maxsize=256)
+def _point_struct(floats: int, width: int) -> struct.Struct:
+    return struct.Struct(f"<IHHq{floats}d?{width}s")
 
 
 @lru_cache(maxsize=256)

@@ -170,7 +170,12 @@ class Settings:
     workers: int = _setting(
         "ORBITSTREAM_WORKERS", lambda: os.cpu_count() or 1, _whole(1, 256), "web workers", "one a core"
     )
-    worker_class: str = _setting("ORBITSTREAM_WORKER_CLASS", "gthread", _one_of("gthread"), "gunicorn worker class")
+    worker_class: str = _setting(
+        "ORBITSTREAM_WORKER_CLASS",
+        "eventloop",
+        _one_of("eventloop", "gthread"),
+        "gunicorn worker class: eventloop, or gthread, which is slower but speaks TLS (certfile, keyfile)",
+    )
     writers: int = _setting("ORBITSTREAM_WRITERS", 1, _whole(1, 64), "writer processes")
     lane_dir: Path = _setting(
         "ORBITSTREAM_LANE_DIR", _default_lane_dir, _path, "folder of the lanes", "/dev/shm/orbitstream[-UID]"

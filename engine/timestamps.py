@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
@@ -25,7 +26,7 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 def now_us() -> int:
     """Return the wall clock in us since 1970."""
-    return (datetime.now(UTC) - _EPOCH) // _MICROSECOND
+    return time.time_ns() // 1000
 
 
 def parse(text: str) -> int:

@@ -68,7 +68,7 @@ def test_each_truncation_and_flipped_byte_of_the_last_record_keeps_the_prefix(la
     ring.create(lane_dir / "lane", ring.MIN_CAPACITY, b"", bytes(16))
     lane = Lane(lane_dir / "lane")
     producer = Producer(lane)
-    ends = [producer.publish([b"payload%d" % number * 3], 1, number) for number in range(4)]
+    ends = [producer.publish([b"payload%d" % number * 3], 1, number).end for number in range(4)]
     whole = snapshot(lane)
     expected = [b"payload%d" % number * 3 for number in range(3)]
     for byte in range(ends[2], ends[3]):
@@ -96,13 +96,16 @@ def test_a_failed_sync_stops_the_lane_and_is_not_repeated(lane_dir: Path) -> Non
     ring.create(lane_dir / "lane", ring.MIN_CAPACITY, b"", ring.boot_id())
     lane = Lane(lane_dir / "lane")
     producer = Producer(lane, durable=True)
-    producer.publish([b"on disk_"], 1, 0)
+    producer.publish([b"on disk_"], 1, 0).sync()
     assert lane.synced == lane.head
     good, lane.fd = lane.fd, os.open("/dev/null", os.O_WRONLY)  # a descriptor that cannot be synced
+    unknown = producer.publish([b"unknown_"], 1, 0)
     with pytest.raises(OSError, match="Invalid argument"):
-        producer.publish([b"unknown_"], 1, 0)
+        unknown.sync()
     os.close(lane.fd)
     lane.fd = good
+    with pytest.raises(OSError, match="an earlier fdatasync"):
+        unknown.sync()
     with pytest.raises(ring.LaneFailedError):
         producer.publish([b"refused_"], 1, 0)
     assert lane.synced < lane.head
@@ -117,7 +120,7 @@ def test_a_durable_producer_does_not_adopt_what_is_not_on_the_disk(lane_dir: Pat
     second, lock = lanes.claim_producer(lane_dir, ring.MIN_CAPACITY, b"", durable=True)
     assert second.lane.path != first.lane.path
     assert first.lane.closed
-    second.publish([b"synced__"], 1, 0)
+    second.publish([b"synced__"], 1, 0).sync()
     lock.release()
     third, lock = lanes.claim_producer(lane_dir, ring.MIN_CAPACITY, b"", durable=True)
     assert third.lane.path == second.lane.path

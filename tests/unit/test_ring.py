@@ -169,7 +169,7 @@ def test_a_flipped_byte_below_head_is_an_alarm_not_a_record(lane: Lane, byte: in
 
 def test_a_sealed_lane_is_read_across_a_hole(lane: Lane) -> None:
     producer = Producer(lane)
-    ends = [producer.publish([b"record_%d" % number], 1, 0) for number in range(5)]
+    ends = [producer.publish([b"record_%d" % number], 1, 0).end for number in range(5)]
     lane.data[ends[1] + 36] ^= 1  # within the third record
     sealed = SealedConsumer(lane)
     assert payloads(sealed, 0) == [b"record_0", b"record_1", b"record_3", b"record_4"]
