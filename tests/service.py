@@ -29,7 +29,7 @@ def eventually(happened: Callable[[], Any], seconds: float = 10.0, what: str = "
     deadline = time.monotonic() + seconds
     while not (result := happened()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or happened}"
-        time.sleep(0.005)
+        time.sleep(0.02)  # a look may scan /proc: more often it would take the processor from what is waited for
     return result
 
 

@@ -63,7 +63,7 @@ def test_a_death_at_each_step_of_publish_and_drain(service: Service, tmp_path: P
         seen.update(victims())
         return sum(is_gone(pid) for pid in seen)
 
-    eventually(lambda: deaths() >= HITS, 20 + 5 * HITS, f"deaths at {name}")
+    eventually(lambda: deaths() >= HITS, 20 + 15 * HITS, f"deaths at {name}")
     for load in loads:
         load.stop()
     service.kill_everything()
