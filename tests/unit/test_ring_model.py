@@ -240,6 +240,7 @@ class Lanes(RuleBasedStateMachine):
         self.fate.stores, self.fate.share = fate.stores, fate.share
         try:
             got = producer.publish([payload[: size // 3], payload[size // 3 :]], points, self.number, key)
+            got.sync()
         except LaneFullError:
             assert end - model.tail > CAPACITY
             assert bytes(model.view.map) == before
@@ -253,13 +254,13 @@ class Lanes(RuleBasedStateMachine):
             assert model.view.head == model.head, "a head that was never asked for"
             self.failed = isinstance(error, OSError)
         else:
-            assert synced and not self.failed and got == end
+            assert synced and not self.failed and got.end == end
             assert end - model.tail <= CAPACITY
             model.published.append(sent)
             if self.durable:
                 model.image, model.synced = bytes(model.view.map), end
             try:
-                producer.answered(points)
+                got.answered()
             except Killed:
                 sent.answered = False
         sent.raw = model.raw(sent)
