@@ -50,7 +50,7 @@ class RowBody:
         matrix = self._rows.write(readings)
         matrix[:, -1] = self._separator[0]
         matrix[-1, -1] = self._close[0]
-        return self._open, memoryview(matrix.reshape(-1))
+        return self._open, matrix.data.cast("B")
 
 
 class ColumnBody:
