@@ -14,7 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, operate, process, settings, supervisor
+from engine import (
+    __version__,
+    capacity,
+    demo,
+    health,
+    heartbeat,
+    lanes,
+    logs,
+    migrate,
+    operate,
+    process,
+    settings,
+    supervisor,
+)
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
 from engine.ring import LaneError
@@ -84,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     letters.add_argument("--limit", type=int, default=50, help="list at most so many (default: %(default)s)")
     letters.add_argument("--json", action="store_true", help="print one JSON object a line")
     demo.add_command(commands)
+    capacity.add_command(commands)
     return parser
 
 

@@ -48,10 +48,13 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": {"heartbeat", "lanes"},
     "verify": {"consumer", "lanes", "ring"},
     "operate": {"consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "verify"},
-    "demo": {"embedded", "heartbeat"},
+    "rig": {"embedded"},
+    "demo": {"heartbeat", "rig"},
+    "trial": {"copy_format", "heartbeat", "lanes", "rig", "rows"},
+    "capacity": {"migrate", "rig", "trial"},
     "__main__": {
-        "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate", "supervisor",
-        "ring", "writer",
+        "capacity", "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate",
+        "supervisor", "ring", "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "failpoints", "__init__"}
