@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help demo test crash lint serve migrate clean
+.PHONY: help demo test crash bench soak lint serve migrate clean
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -15,6 +15,15 @@ test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (un
 crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random kills; writes crash-report.json
 	ORBITSTREAM_CRASH_LONG=1 ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \
 	  $(BIN)/python -m pytest -s --timeout 3600 tests/crash tests/unit/test_ring_model.py
+
+bench: .venv/bench  ## what each stage costs, and the whole against COPY alone and simpler designs (about 5 minutes)
+	$(BIN)/python -m pytest -q -p no:randomly bench --benchmark-max-time 0.5
+	$(BIN)/python -m bench.ingest
+	$(BIN)/python -m bench.peers
+	$(BIN)/orbitstream capacity --output bench/results
+
+soak: .venv/bench  ## SOAK_MINUTES (30) at 70 % of the knee with a kill a minute: nothing lost, memory and latency flat
+	$(BIN)/python -m bench.soak --minutes $${SOAK_MINUTES:-30}
 
 lint: .venv/dev  ## check style, types and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from engine import (
     __version__,
+    capacity,
     demo,
     health,
     heartbeat,
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("dir", type=Path, help="folder of an export")
     back.add_argument("--beside", action="store_true", help="also where the table has other points of those days")
     demo.add_command(commands)
+    capacity.add_command(commands)
     return parser
 
 

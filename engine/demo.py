@@ -8,17 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,19 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import psycopg
 
-from engine import heartbeat, process, settings
-from engine.embedded import EmbeddedPostgres
+from engine import heartbeat, rig
+from engine.rig import RigError
 from engine.settings import Settings
 
 if TYPE_CHECKING:  # imported where it is used: 20 MB that a supervisor has no need of
     import pyarrow as pa
 
-READY_S: Final = 30.0
 SHOWN_KEYS: Final = 10
-
-
-class DemoError(Exception):
-    """The demo could not run to its end."""
 
 
 @dataclass(slots=True)
@@ -150,10 +138,10 @@ def run(config: Settings, options: argparse.Namespace) -> int:
     """Run the demo; exit code 1 if a point was lost, duplicated or invented."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
-    home, lane_dir = _private_folder(config.home), _private_folder(Path("/dev/shm"), "orbitstream-demo", 0o700)
+    home, lane_dir = rig.private_folder(config.home), rig.private_folder(Path("/dev/shm"), "orbitstream-demo", 0o700)
     try:
         result = _run_in(home, lane_dir, options)
-    except DemoError as error:
+    except RigError as error:
         print(f"orbitstream demo: {error}", file=sys.stderr)
         return 1
     finally:
@@ -173,21 +161,9 @@ def run(config: Settings, options: argparse.Namespace) -> int:
     return 0 if comparison.clean and comparison.accepted else 1
 
 
-def _private_folder(parent: Path, name: str = "demo", mode: int = 0o755) -> Path:
-    """Make a folder for this run, named by its process; those of demos that were killed are removed on the way."""
-    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for old in parent.glob(f"{name}-*"):
-        pid = old.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not Path("/proc", pid).exists()):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = parent / f"{name}-{os.getpid()}"
-    folder.mkdir(mode=mode)
-    return folder
-
-
 def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     _say("starting a private database")
-    with _private_database(home) as database:
+    with rig.private_database(home, _say) as database:
         overrides = {
             "DATABASE_URL": database.dsn,
             "MIGRATION_DATABASE_URL": "",
@@ -199,14 +175,14 @@ def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str
             "ORBITSTREAM_WRITERS": str(options.writers),
             "LOG_LEVEL": "error",
         }
-        with _service(overrides, lane_dir) as (service, url):
+        with rig.service(overrides, lane_dir) as (service, url):
             _say(f"the service answers on {url}; sending for {options.duration:g} s")
             sent_log = lane_dir / "sent.parquet"
             report = _simulate(url, sent_log, options)
             _say("stopping the service: it drains its lanes")
             service.send_signal(signal.SIGTERM)
             if service.wait(60) != 0:
-                raise DemoError(f"the service ended with exit code {service.returncode}")
+                raise RigError(f"the service ended with exit code {service.returncode}")
         bins = sum(beat.latency_bins for beat in heartbeat.read_all(lane_dir))
         _say("comparing what was sent with what is stored")
         with psycopg.connect(database.dsn, autocommit=True) as connection:
@@ -228,16 +204,6 @@ def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str
     }
 
 
-@contextmanager
-def _private_database(home: Path) -> Iterator[EmbeddedPostgres]:
-    server = EmbeddedPostgres(home, die_with_parent=True)
-    server.start(_say)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 def _seconds(connection: psycopg.Connection[Any]) -> float:
     """Return the time from the first point's reception to the last commit."""
     row = connection.execute(
@@ -246,45 +212,9 @@ def _seconds(connection: psycopg.Connection[Any]) -> float:
     return float(row[0]) if row and row[0] is not None else 0.0
 
 
-@contextmanager
-def _service(overrides: dict[str, str], lane_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run `orbitstream serve` and yield it with its address, once it accepts points and has its database."""
-    port_file = lane_dir / "port"
-    service = subprocess.Popen(
-        [sys.executable, "-P", "-m", "engine", "serve", "--port-file", str(port_file), "--parent", str(os.getpid())],
-        env=settings.child_environment(settings.load({}), **overrides),
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-    )
-    try:
-        yield service, _await_ready(service, port_file)
-    finally:
-        if service.poll() is None:
-            service.terminate()
-            try:
-                service.wait(60)
-            except subprocess.TimeoutExpired:
-                service.kill()
-
-
-def _await_ready(service: subprocess.Popen[bytes], port_file: Path) -> str:
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
-        if service.poll() is not None:
-            raise DemoError(f"the service ended at its start with exit code {service.returncode}")
-        with suppress(OSError, ValueError):
-            url = f"http://127.0.0.1:{int(port_file.read_text())}"
-            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return url
-        time.sleep(0.05)
-    raise DemoError(f"the service is not healthy after {READY_S:.0f} s")
-
-
 def _simulate(url: str, sent_log: Path, options: argparse.Namespace) -> dict[str, Any]:
     share = options.single_share if options.single_share is not None else (0.05 if options.rate else 0.0)
     flags = {
-        "--api-url": url,
         "--satellites": options.satellites,
         "--rate": options.rate,
         "--duration": options.duration,
@@ -295,29 +225,8 @@ def _simulate(url: str, sent_log: Path, options: argparse.Namespace) -> dict[str
     }
     if options.processes:
         flags["--processes"] = options.processes
-    command = [sys.executable, "-P", "-m", "simulator", "--json"]
-    for flag, value in flags.items():
-        command += [flag, str(value)]
-    ours = os.getpid()
-    simulator = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: process.die_with_parent(ours, signal.SIGTERM),
-    )
-    try:
-        output, _ = simulator.communicate()
-    except KeyboardInterrupt:
-        simulator.wait(15)  # the terminal sent it the same Ctrl-C; it ends what is under way
-        raise
-    finally:
-        if simulator.poll() is None:
-            simulator.kill()
-    if simulator.returncode not in (0, 1):
-        raise DemoError(f"the simulator ended with exit code {simulator.returncode}")
-    report: dict[str, Any] = json.loads(output)
-    return report
+    return rig.simulate(url, flags)
 
 
 def _say(message: str) -> None:
-    print(f"demo: {message}", file=sys.stderr, flush=True)
+    rig.say("demo", message)

@@ -229,11 +229,15 @@ def make_jobs(
 ) -> list[Job]:
     """Divide a run among its processes: satellites, and with them the points of the limit."""
     jobs = []
+    run = os.urandom(6).hex()
     for number in range(settings.processes):
         first, last = share(settings.satellites, number, settings.processes)
         points = None
         if settings.points is not None:
             points = settings.points * last // settings.satellites - settings.points * first // settings.satellites
-        spool = spool_path(settings.sent_log, number) if settings.sent_log else None
-        jobs.append(Job(settings, number, first, last, points, spool, family, address, host, path, token, os.getpid()))
+        log = settings.sent_log or settings.truth
+        spool = spool_path(log, number) if log else None
+        jobs.append(
+            Job(settings, number, first, last, points, spool, run, family, address, host, path, token, os.getpid())
+        )
     return jobs

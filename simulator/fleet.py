@@ -1,8 +1,11 @@
-"""The constellation: seed, satellite and time in, readings out; numpy only, no I/O, no state between calls.
+"""The constellation: seed, satellite and time in, readings out; numpy only, no I/O.
 
-A reading is a pure function of (seed, satellite, time). Given that, two runs with one seed agree wherever their times
-agree, the split into processes changes nothing, a satellite goes on where an earlier run left it, and whoever holds a
-sent log can recompute every value that was sent.
+A reading is a pure function of (seed, elements, satellite, time). Given that, two runs with one seed agree wherever
+their times agree, the split into processes changes nothing, a satellite goes on where an earlier run left it, and
+whoever holds a sent log can recompute every value that was sent. What a Fleet keeps between calls are ready-made nodes.
+
+    track       the calm course of each channel along the orbit     anomalies   what goes wrong
+    orbits      where a satellite is                                traits      how satellites differ, and noise
 
 Values travel as integers in units of a channel's resolution (battery 87.31 % is 8731): exact, and ready to print.
 """
@@ -14,14 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Int64s = npt.NDArray[np.int64]
-Scaled = npt.NDArray[np.int32]
-
-MINUTE_US = 60e6
-SIDEREAL_DAY_US = 86_164.0905e6
-EARTH_RADIUS_KM = 6_371.0
-EARTH_GM = 398_600.4418  # km^3/s^2
+from simulator import orbits, track
+from simulator.anomalies import Disturbance, Kinds, Scaled
+from simulator.orbits import BUNDLED, Constellation, Nodes
+from simulator.track import Track
+from simulator.traits import Int64s, Traits, Words
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +42,12 @@ REQUIRED = (
 OPTIONAL = (
     Channel("latitude", 4, -90, 90),
     Channel("longitude", 4, -180, 180),
-    Channel("altitude_km", 2, 0, 2_000),
-    Channel("velocity_kmph", 2, 0, 30_000),
+    Channel("altitude_km", 2, 0, 400_000),
+    Channel("velocity_kmph", 2, 0, 50_000),
     Channel("temperature_c", 2, -100, 150),
     Channel("bus_voltage_v", 2, 0, 50),
 )
 CHANNEL_SETS = {"required": REQUIRED, "all": REQUIRED + OPTIONAL}
-
-# The limits that the service watches by default are battery < 10 %, storage > 95,000 MB, signal < -100 dBm. An anomaly
-# breaks exactly one of them and lies in [start, start + span); every other reading keeps well clear of all three.
-ANOMALY_START = np.array([100, 9_510_000, -11_900])
-ANOMALY_SPAN = np.array([850, 480_000, 1_850])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +55,22 @@ class Readings:
     """Hold n readings, column-wise.
 
     satellite: (n,) index in the fleet; time_us: (n,) microseconds since 1970 UTC; values: (channels, n) in units of
-    10**-decimals; anomalous: (n,) whether the reading breaks a limit.
+    10**-decimals; anomaly: (n,) what is wrong with each, of which SILENCE means that the satellite sends nothing.
     """
 
     satellite: Int64s
     time_us: Int64s
     values: Scaled
-    anomalous: npt.NDArray[np.bool_]
+    anomaly: Kinds
 
     def pick(self, rows: Int64s) -> Readings:
-        """Return the readings at the given positions."""
-        return Readings(self.satellite[rows], self.time_us[rows], self.values[:, rows], self.anomalous[rows])
+        """Return the readings at the given positions, n > 0 and rising; where they are a run, as views."""
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        if last - first == len(rows):
+            run = slice(first, last)
+            return Readings(self.satellite[run], self.time_us[run], self.values[:, run], self.anomaly[run])
+        values = np.take(self.values, rows, axis=1)
+        return Readings(self.satellite[rows], self.time_us[rows], values, self.anomaly[rows])
 
 
 def id_digits(fleet_size: int) -> int:
@@ -84,124 +84,62 @@ def satellite_ids(first: int, last: int, fleet_size: int) -> npt.NDArray[np.byte
     return np.array([b"SAT-%0*d" % (digits, index) for index in range(first, last)], dtype=f"S{digits + 4}")
 
 
-def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scramble 64-bit words in place (the finaliser of splitmix64) and return them."""
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
-    return words
+def read_constellation(path: str | None, satellites: int) -> Constellation:
+    """Return the orbits of a fleet: those of a TLE file, or the bundled ones without drag; raise ElementsError."""
+    elements = orbits.read_elements(path or BUNDLED)
+    return Constellation(elements[:satellites], drag=path is not None)
 
 
 class Fleet:
     """Simulate the satellites [first, last) of a constellation.
 
-    anomaly_rate is the share of the readings, 0 to 1, that break a limit. Satellite indices are those of the whole
+    anomaly_rate is the share of the readings, 0 to 1, that are anomalous. Satellite indices are those of the whole
     constellation; asking for one outside [first, last) raises IndexError.
     """
 
-    def __init__(self, first: int, last: int, *, seed: int, anomaly_rate: float, channels: str = "required") -> None:
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        *,
+        seed: int,
+        anomaly_rate: float,
+        channels: str = "required",
+        constellation: Constellation | None = None,
+    ) -> None:
         self.first = first
         self.count = last - first
         self.channels = CHANNEL_SETS[channels]
-        self._all = channels == "all"
-        self._threshold = np.uint64(round(anomaly_rate * 2**32))
-        # The seed enters once, mixed: neighbouring seeds must not give fleets that are shifted copies of each other.
-        self._seed = _mix(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))[0]
-        self._salt = _mix(
-            np.arange(first, last, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + self._seed + np.uint64(1)
-        )
-        self._traits = self._draw_traits()
-
-    def _draw(self, number: int, low: float, high: float) -> Floats:
-        """Draw trait `number` of every satellite, uniform in [low, high)."""
-        words = _mix(self._salt + np.uint64(number * 0xD1342543DE82EF95 % 2**64))
-        return (words >> np.uint64(11)).astype(np.float64) * ((high - low) * 2.0**-53) + low
-
-    def _draw_traits(self) -> Floats:
-        """Return one row a trait, one column a satellite; percent, MB and dBm already in hundredths."""
-        altitude = self._draw(1, 400.0, 1_200.0)
-        axis = EARTH_RADIUS_KM + altitude
-        period_us = 2e6 * np.pi * np.sqrt(axis**3 / EARTH_GM)
-        sunlit = self._draw(2, 0.60, 0.68)
-        downlink = self._draw(3, 0.06, 0.12)
-        traits = [
-            1.0 / period_us,
-            self._draw(4, 0.0, 1.0),  # where on the orbit it was at the epoch
-            1.0 / (0.85 * sunlit),  # the battery is full again after 85 % of the sunlit arc
-            1.0 / (1.0 - sunlit),
-            self._draw(5, 4_500.0, 6_500.0),  # battery at the end of the shadow
-            self._draw(6, 2_000.0, 3_000.0),  # how far it charges above that
-            1.0 / self._draw(7, 80 * MINUTE_US, 240 * MINUTE_US),  # from one ground pass to the next
-            self._draw(8, 0.0, 1.0),
-            1.0 / (1.0 - downlink),
-            1.0 / downlink,
-            self._draw(9, 200_000.0, 2_000_000.0),  # storage left after a downlink
-            self._draw(10, 1_000_000.0, 6_800_000.0),  # storage filled between two passes
-            self._draw(11, -9_000.0, -6_500.0),  # signal, mean
-            self._draw(12, 100.0, 400.0),  # signal, swing
-            2 * np.pi / self._draw(13, 4 * MINUTE_US, 12 * MINUTE_US),
-            altitude,
-            3_600.0 * np.sqrt(EARTH_GM / axis),
-            self._draw(14, 30.0, 90.0),  # inclination, degrees
-            self._draw(15, -2_000.0, 500.0),  # temperature at the end of the shadow
-        ]
-        return np.array(traits)
+        self._traits = Traits(first, last, seed)
+        self._disturbance = Disturbance(self._traits, anomaly_rate)
+        orbit = constellation or read_constellation(None, last)
+        self._track = Track(orbit, self._traits, self._disturbance, positions=channels == "all")
 
     def read(self, satellite: Int64s, time_us: Int64s) -> Readings:
-        """Read satellites, given by index (n,), at times (n,) in microseconds since 1970 UTC."""
+        """Read satellites, given by index (n,), at times (n,) in microseconds since 1970 UTC; raise ElementsError."""
         local = satellite - self.first
-        traits = np.take(self._traits, local, axis=1)
-        noise = self._noise(local, time_us)
-        time = time_us.astype(np.float64)
+        course, places = self._track.read(local, time_us)
+        noise = self._traits.hash(local, time_us)
         values = np.empty((len(self.channels), len(satellite)), dtype=np.int32)
+        # Ripple of +-2 %/100 and +-1.5 dB.
+        values[0] = course[:, track.BATTERY] + _ripple(noise, 0, 2.0)
+        values[1] = course[:, track.STORAGE]
+        values[2] = course[:, track.SIGNAL] + _ripple(noise, 8, 150.0)
+        if places is not None:
+            latitude, longitude, altitude = orbits.geodetic(places)
+            values[3] = np.rint(10_000 * latitude)
+            values[4] = np.rint(10_000 * longitude)
+            values[5] = np.rint(100 * altitude)
+            values[6] = course[:, track.SPEED]
+            values[7] = course[:, track.TEMPERATURE] + _ripple(noise, 16, 20.0)
+            values[8] = course[:, track.VOLTAGE] + _ripple(noise, 24, 5.0)
+        touched = np.flatnonzero(course[:, track.EPISODE])
+        moment_us = time_us[touched] - self._track.offset_us[local[touched]]
+        anomaly = self._disturbance.apply(values, local[touched], moment_us, touched, noise)
+        return Readings(satellite, time_us, values, anomaly)
 
-        orbit = time * traits[0] + traits[1]
-        orbit -= np.floor(orbit)
-        # Charging, full, draining: the smallest of three lines, so the level never jumps.
-        charge = np.minimum(np.minimum(orbit * traits[2], (1.0 - orbit) * traits[3]), 1.0)
-        ripple = (noise & np.uint64(0xFF)).astype(np.float64) * (1 / 64) - 2.0
-        values[0] = traits[4] + traits[5] * charge + ripple
 
-        cycle = time * traits[6] + traits[7]
-        cycle -= np.floor(cycle)
-        filled = np.minimum(cycle * traits[8], (1.0 - cycle) * traits[9])
-        values[1] = traits[10] + traits[11] * filled
-
-        hiss = ((noise >> np.uint64(8)) & np.uint64(0xFFFF)).astype(np.float64) * (300 / 65_536) - 150.0
-        values[2] = traits[12] + traits[13] * np.sin(time * traits[14]) + hiss
-
-        if self._all:
-            self._read_optional(values, traits, time, orbit, charge)
-        anomalous = (noise >> np.uint64(32)) < self._threshold
-        self._disturb(values, anomalous, noise)
-        return Readings(satellite, time_us, values, anomalous)
-
-    def _noise(self, local: Int64s, time_us: Int64s) -> npt.NDArray[np.uint64]:
-        """Return 64 random bits a reading, a function of seed, satellite and time alone."""
-        words = time_us.view(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
-        words += np.take(self._salt, local)
-        return _mix(words)
-
-    def _read_optional(self, values: Scaled, traits: Floats, time: Floats, orbit: Floats, charge: Floats) -> None:
-        """Fill the optional channels: a circular orbit over a turning Earth, warm and well fed in sunlight."""
-        angle = 2 * np.pi * orbit
-        wave = np.sin(angle)
-        values[3] = 10_000 * traits[17] * wave
-        turns = orbit - time * (1 / SIDEREAL_DAY_US)
-        values[4] = 3_600_000 * (turns - np.floor(turns)) - 1_800_000
-        values[5] = 100 * (traits[15] + 5.0 * wave)
-        values[6] = 100 * (traits[16] - 10.0 * wave)
-        values[7] = traits[18] + 3_000 * charge
-        values[8] = 2_600 + 0.06 * (traits[4] + traits[5] * charge)
-
-    def _disturb(self, values: Scaled, anomalous: npt.NDArray[np.bool_], noise: npt.NDArray[np.uint64]) -> None:
-        """Overwrite one required channel of each anomalous reading with a value beyond its limit."""
-        where = np.flatnonzero(anomalous)
-        if not len(where):
-            return
-        words = _mix(noise[where] + np.uint64(0x9E3779B97F4A7C15))
-        kind = (words % np.uint64(3)).astype(np.int64)
-        depth = (words >> np.uint64(11)) * 2.0**-53
-        values[kind, where] = ANOMALY_START[kind] + ANOMALY_SPAN[kind] * depth
+def _ripple(noise: Words, shift: int, size: float) -> Nodes:
+    """Return noise in [-size, size), from eight random bits of each word."""
+    bits = (noise >> np.uint64(shift)).astype(np.uint8)
+    return bits.astype(np.float32) * np.float32(size / 128) - np.float32(size)

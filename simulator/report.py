@@ -5,71 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from simulator.histogram import Latencies
 from simulator.settings import Settings
 
-# Bins are 1 % wide, 1 us to 100 s: a percentile is off by half a percent at most, and merging is addition.
-LOWEST_S = 1e-6
-GROWTH = 1.01
-BINS = int(np.ceil(np.log(100.0 / LOWEST_S) / np.log(GROWTH)))
+COUNTS = (
+    "sent", "accepted", "refused", "unknown", "requests", "retries", "anomalies", "beyond_limits", "silent",
+    "cpu_seconds",
+)  # fmt: skip
 # Less than this is the timer's grain, not a sender that cannot keep up.
 NOTABLE_LAG_S = 0.1
-
-
-class Latencies:
-    """Count latencies in bins of equal ratio; what lies beyond an end is in the last bin there, the maximum is exact.
-
-    A latency runs from when a request was due (a batch: its last point) to its last answer, retries included, or to
-    when it was given up. Every request that was sent counts, whatever became of it.
-    """
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(BINS, dtype=np.int64)
-        self._max = 0.0
-
-    def add(self, seconds: list[float]) -> None:
-        """Count latencies, in seconds."""
-        if not seconds:
-            return
-        values = np.maximum(np.array(seconds), LOWEST_S)
-        bins = (np.log(values / LOWEST_S) / np.log(GROWTH)).astype(np.int64)
-        self._counts += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
-        self._max = max(self._max, float(values.max()))
-
-    def merge(self, other: dict[str, Any]) -> None:
-        """Add what another process exported."""
-        self._counts[other["bins"]] += np.array(other["counts"], dtype=np.int64)
-        self._max = max(self._max, other["max"])
-
-    def export(self) -> dict[str, Any]:
-        """Return the bins in use, as JSON-ready values."""
-        used: npt.NDArray[np.int64] = np.flatnonzero(self._counts)
-        return {"bins": used.tolist(), "counts": self._counts[used].tolist(), "max": self._max}
-
-    def quantile(self, share: float) -> float | None:
-        """Return the latency in seconds that `share` (0 to 1) of the requests did not exceed, None without requests."""
-        total = int(self._counts.sum())
-        if not total:
-            return None
-        rank = max(1, int(np.ceil(share * total)))
-        index = int(np.searchsorted(np.cumsum(self._counts), rank))
-        return float(min(LOWEST_S * GROWTH ** (index + 0.5), self._max))
-
-    def milliseconds(self) -> dict[str, float | None]:
-        """Return p50, p99 and max in milliseconds, None without requests."""
-        values = {"p50": self.quantile(0.5), "p99": self.quantile(0.99), "max": self._max or None}
-        return {name: None if value is None else round(value * 1e3, 3) for name, value in values.items()}
 
 
 @dataclass(slots=True)
 class Tally:
     """Count what senders did.
 
-    sent = accepted + refused + unknown + in flight, in points; scheduled: points that were due, None without a
-    schedule; seconds: from the start to the last answer; behind_seconds: the longest time by which a request left later
-    than due.
+    sent = accepted + refused + unknown + in flight, in points; silent: points that their satellite did not send;
+    anomalies, beyond_limits: points sent that had an anomaly, that broke a limit which the service watches; scheduled:
+    points that were due, None without a schedule; seconds: from the start to the last answer; behind_seconds: the
+    longest time by which a request left later than due; cpu_seconds: what the senders used.
     """
 
     sent: int = 0
@@ -79,13 +33,16 @@ class Tally:
     requests: int = 0
     retries: int = 0
     anomalies: int = 0
+    beyond_limits: int = 0
+    silent: int = 0
     scheduled: int | None = None
     seconds: float = 0.0
     behind_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def add(self, other: dict[str, Any]) -> None:
         """Add another process's tally: counts add up, times are the longest."""
-        for name in ("sent", "accepted", "refused", "unknown", "requests", "retries", "anomalies"):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + other[name])
         if other["scheduled"] is not None:
             self.scheduled = (self.scheduled or 0) + other["scheduled"]
@@ -114,7 +71,12 @@ class Report:
     @property
     def unsent(self) -> int:
         """Return how many points were due and never left."""
-        return max(0, (self.tally.scheduled or 0) - self.tally.sent)
+        return max(0, (self.tally.scheduled or 0) - self.tally.sent - self.tally.silent)
+
+    @property
+    def lost(self) -> int:
+        """Return how many points were due and not accepted."""
+        return self.tally.refused + self.tally.unknown + self.unsent
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as one JSON-ready object, its configuration included."""
@@ -132,6 +94,10 @@ class Report:
             "latency_ms": self.latencies.milliseconds(),
             "behind_seconds": round(tally.behind_seconds, 3),
             "anomalies": tally.anomalies,
+            "beyond_limits": tally.beyond_limits,
+            "silent": tally.silent,
+            "cpu_seconds": round(tally.cpu_seconds, 3),
+            "latency_histogram": self.latencies.encode(),
             "failures": self.failures,
             "configuration": self.settings.configuration(),
         }
@@ -155,6 +121,8 @@ class Report:
             parts.append(f"{tally.retries:,} retries")
         if tally.behind_seconds >= NOTABLE_LAG_S:
             parts.append(f"up to {tally.behind_seconds:.1f} s behind schedule")
+        if tally.silent:
+            parts.append(f"{tally.silent:,} silent")
         if self.unsent:
             parts.append(f"{self.unsent:,} due but never sent")
         return ", ".join(parts)

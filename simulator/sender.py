@@ -27,13 +27,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from simulator.connection import Answer, Connection, Verdict
-from simulator.load import GRACE_S, Block, Plan, Request, Start
-from simulator.report import Latencies, Tally
-from simulator.sent_log import Spool
+from simulator.histogram import Latencies
+from simulator.load import GRACE_S, Block, Plan, Request
+from simulator.orbits import ElementsError
+from simulator.replay import ReplayPlan
+from simulator.report import Tally
+from simulator.schedule import Start
+from simulator.sent_log import SILENT, Spool
 from simulator.settings import STOP_GRACE_S, Job
 
 CHORES_S = 0.1
-MAX_RETRY_AFTER_S = 5.0
 # Waits before connecting again double from the first to the last of these.
 FIRST_RECONNECT_S = 0.05
 LAST_RECONNECT_S = 1.0
@@ -47,12 +50,15 @@ class Sender:
     the last two only by a verdict. Given that, every point sent is counted and logged once, with its last verdict.
     """
 
-    def __init__(self, job: Job, plan: Plan, spool: Spool | None, control: BinaryIO, output: BinaryIO) -> None:
+    def __init__(
+        self, job: Job, plan: Plan | ReplayPlan, spool: Spool | None, control: BinaryIO, output: BinaryIO
+    ) -> None:
         self._plan = plan
         self._spool = spool
         self._control = control
         self._output = output
         self._timeout = job.settings.timeout
+        self._keyed = job.settings.idempotency_keys
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ, None)
         known: dict[bytes, Answer] = {}
@@ -71,6 +77,7 @@ class Sender:
         self._started = plan.start.monotonic
         self._last_answer = self._started
         self._jitter = random.Random(job.number)
+        self._cpu_before = time.process_time()
         self._waits: list[float] = []
         self.tally = Tally()
         self.latencies = Latencies()
@@ -118,11 +125,8 @@ class Sender:
             self.tally.retries += request.retried
             self._start(connection, request, now)
         while self._free and self._more:
-            if not self._queue:
-                self._queue.extend(self._plan.next_block(now))
-                if not self._queue:
-                    self._more = False
-                    break
+            if not self._queue and not self._refill(now):
+                break
             request = self._queue[0]
             if request.due > now:
                 break
@@ -134,6 +138,19 @@ class Sender:
             else:
                 self.tally.behind_seconds = max(self.tally.behind_seconds, now - request.due)
             self._start(self._free.popleft(), self._queue.popleft(), now)
+
+    def _refill(self, now: float) -> bool:
+        """Queue the next block's requests; False when there are no more."""
+        while not self._queue:
+            made = self._plan.next_block(now)
+            if made is None:
+                self._more = False
+                return False
+            block, requests = made
+            self._queue.extend(requests)
+            if not requests:
+                self._log(block)
+        return True
 
     def _start(self, connection: Connection, request: Request, now: float) -> None:
         self._busy[connection] = (request, now + self._timeout)
@@ -153,6 +170,11 @@ class Sender:
     def _settle(self, connection: Connection, verdict: Verdict) -> None:
         """Act on what became of an attempt."""
         request, _ = self._busy.pop(connection)
+        if verdict == Verdict.UNKNOWN and self._keyed:
+            # With a key of its own it can be sent again: however often it arrives, it is stored once.
+            request.doubtful = True
+            self._pause(connection, request, verdict)
+            return
         if verdict > Verdict.UNKNOWN:
             self._pause(connection, request, verdict)
             return
@@ -164,8 +186,10 @@ class Sender:
         if verdict == Verdict.RETRY:
             request.retried = True
             request.failures = 0
-            wait = min(connection.retry_after * self._jitter.uniform(1.0, 1.25), MAX_RETRY_AFTER_S)
+            wait = connection.retry_after * self._jitter.uniform(1.0, 1.25)
         else:
+            if verdict == Verdict.UNKNOWN:
+                request.retried = True
             # The first failure is most often a connection that the service closed while it was idle: no wait.
             wait = min(FIRST_RECONNECT_S * 2 ** min(request.failures - 1, 9), LAST_RECONNECT_S)
             wait = wait if request.failures else 0.0
@@ -177,15 +201,17 @@ class Sender:
             heapq.heappush(self._paused, (wake, next(self._ticket), connection, request))
 
     def _abandon(self, connection: Connection, request: Request) -> None:
-        """End a request that waits for an attempt: nothing of it is stored."""
+        """End a request that waits for an attempt: nothing of it is stored, unless an earlier attempt was."""
         self._free.append(connection)
-        if request.retried:
+        if request.retried or request.doubtful:
             self._record(request, Verdict.REFUSED)
         else:
             self._release(request.block)
 
     def _record(self, request: Request, verdict: Verdict) -> None:
         """Count and log a settled request."""
+        if request.doubtful and verdict == Verdict.REFUSED:
+            verdict = Verdict.UNKNOWN
         now = self._last_answer = time.monotonic()
         self._waits.append(now - request.due)
         tally = self.tally
@@ -203,9 +229,15 @@ class Sender:
         """Log a block when the last of its requests has left it."""
         block.open -= 1
         if block.open == 0:
-            self.tally.anomalies += int(np.count_nonzero(block.anomalous & (block.outcome > 0)))
-            if self._spool is not None:
-                self._spool.append(block.satellite, block.time_us, block.outcome)
+            self._log(block)
+
+    def _log(self, block: Block) -> None:
+        sent = (block.outcome > 0) & (block.outcome != SILENT)
+        self.tally.silent += int(np.count_nonzero(block.outcome == SILENT))
+        self.tally.anomalies += int(np.count_nonzero((block.anomaly > 0) & sent))
+        self.tally.beyond_limits += int(np.count_nonzero(block.beyond & sent))
+        if self._spool is not None:
+            self._spool.append(block)
 
     def _drop_queue(self) -> None:
         self._more = False
@@ -230,6 +262,7 @@ class Sender:
         in_flight = sum(request.points for request, _ in self._busy.values())
         tally.sent = tally.accepted + tally.refused + tally.unknown + in_flight
         tally.seconds = self._last_answer - self._started
+        tally.cpu_seconds = time.process_time() - self._cpu_before
 
     def _finish(self) -> None:
         self.tally.scheduled = self._plan.scheduled(time.monotonic())
@@ -263,8 +296,8 @@ def main() -> int:
     die_with(job.parent)
     spool: Spool | None = None
     try:
-        spool = Spool(job.spool) if job.spool else None
-        plan = Plan(job)
+        spool = Spool(job.spool, anomalies_only=job.settings.sent_log is None) if job.spool else None
+        plan = Plan(job) if job.settings.replay is None else ReplayPlan(job)
         tell(output, {"ready": True})
         word, _, start = control.readline().partition(b" ")
         if word != b"go":
@@ -274,7 +307,7 @@ def main() -> int:
         # Nothing here makes reference cycles; a full collection would stop the schedule for milliseconds.
         gc.disable()
         Sender(job, plan, spool, control, output).run()
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, ElementsError) as error:
         tell(output, {"failed": f"sender {job.number}: {str(error) or type(error).__name__}"})
         return 1
     finally:

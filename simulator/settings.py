@@ -18,8 +18,10 @@ STOP_GRACE_S = 2.0
 class Settings:
     """Describe a run.
 
-    rate: points/s a satellite, 0 = as fast as answers come; duration: seconds, None = until `points` are sent; points:
-    None = no limit; anomaly_rate and single_share: 0 to 1; connections: a process; timeout: seconds a request.
+    rate: points/s a satellite, the mean of the profile, 0 = as fast as answers come; duration: seconds, None = until
+    `points` are sent; points: None = no limit; anomaly_rate and single_share: 0 to 1; connections: a process; timeout:
+    seconds a request; tle, sent_log, truth: files; start_us: the first point's timestamp, None = now; replay: the file
+    that is played instead of the fleet, `speed` times as fast.
     """
 
     api_url: str
@@ -36,7 +38,15 @@ class Settings:
     format: str
     seed: int
     timeout: float
-    sent_log: str | None
+    sent_log: str | None = None
+    truth: str | None = None
+    tle: str | None = None
+    profile: str = "constant"
+    encoding: str = "identity"
+    idempotency_keys: bool = False
+    start_us: int | None = None
+    replay: str | None = None
+    speed: float = 1.0
 
     def configuration(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values, for the report."""
@@ -47,8 +57,9 @@ class Settings:
 class Job:
     """Describe the part of one sender process: the satellites [first, last), and where to send and to log.
 
-    points: its share of the limit; spool: the file for its sent log; family, address: of the service, resolved; host,
-    path: the request's Host header and the prefix of its paths; parent: the process id that it dies with.
+    points: its share of the limit; spool: the file for its points; run: a random word, the same in all; family,
+    address: of the service, resolved; host, path: the request's Host header and the prefix of its paths; parent: the
+    process id that it dies with.
     """
 
     settings: Settings
@@ -57,6 +68,7 @@ class Job:
     last: int
     points: int | None
     spool: str | None
+    run: str
     family: int
     address: tuple[Any, ...]
     host: str

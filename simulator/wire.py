@@ -1,4 +1,4 @@
-"""Readings to JSON text: n rows as one matrix of bytes, every row of the same width; no Python per point, no I/O.
+"""Readings to JSON text: n rows (or columns) of cells of fixed width; no Python per point, no I/O.
 
 JSON allows white space before a number, so a number that is shorter than its cell is padded on the left and each cell
 sits at a fixed offset. A row, cells in angle brackets:
@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from simulator.fleet import Channel, Int64s, Readings, Scaled
+from simulator.anomalies import Scaled
+from simulator.fleet import Channel, Readings
+from simulator.traits import Int64s
 
 DAY_US = 86_400_000_000
 SECOND_US = 1_000_000
@@ -36,6 +38,7 @@ def _texts(texts: list[bytes]) -> Text:
 CLOCK = _texts([b"%02d:%02d:%02d" % (s // 3_600, s // 60 % 60, s % 60) for s in range(86_400)])
 MILLI = _texts([b".%03d" % n for n in range(1_000)])
 MICRO = _texts([b"%03dZ" % n for n in range(1_000)])
+TIME_CELLS = [("date", np.dtype("S11")), ("clock", CLOCK.dtype), ("milli", MILLI.dtype), ("micro", MICRO.dtype)]
 
 
 class NumberCells:
@@ -91,7 +94,6 @@ class JsonRows:
         self._template, cells = self._lay_out(channels, head, tail)
         self.width = len(self._template)
         self._cells = np.dtype(cells)
-        self._date = -1
         self._matrix = np.empty((0, self.width), dtype=np.uint8)
         self._grow(capacity)
 
@@ -110,10 +112,8 @@ class JsonRows:
         row += b'{"satellite_id":"'
         cell("id", self._ids.dtype)
         row += b'","timestamp":"'
-        cell("date", np.dtype("S11"))
-        cell("clock", CLOCK.dtype)
-        cell("milli", MILLI.dtype)
-        cell("micro", MICRO.dtype)
+        for name, kind in TIME_CELLS:
+            cell(name, kind)
         row += b'",'
         for index, (channel, number) in enumerate(zip(channels, self._numbers, strict=True)):
             row += b'"%s":' % channel.name.encode()
@@ -125,7 +125,6 @@ class JsonRows:
     def _grow(self, count: int) -> None:
         self._matrix = np.empty((count, self.width), dtype=np.uint8)
         self._matrix[:] = np.frombuffer(self._template, dtype=np.uint8)
-        self._date = -1
 
     def write(self, readings: Readings) -> npt.NDArray[np.uint8]:
         """Print n readings; return their rows, (n, width) bytes."""
@@ -134,60 +133,68 @@ class JsonRows:
             self._grow(count)
         matrix = self._matrix[:count]
         rows = matrix.view(self._cells)[:, 0]
-        rows["id"] = self._ids[readings.satellite - self._first]
-        self._write_time(rows, readings.time_us)
+        rows["id"] = np.take(self._ids, readings.satellite - self._first)
+        write_time(rows, readings.time_us)
         for index, number in enumerate(self._numbers):
             number.write(rows, index, readings.values[index])
         return matrix
 
-    def _write_time(self, rows: Text, time_us: Int64s) -> None:
-        """Fill date and time of day; the date is looked up row by row only in a batch that crosses midnight."""
-        first, last = (int(t) // DAY_US for t in (time_us.min(), time_us.max()))
-        within = time_us - first * DAY_US
-        if first != last:
-            day = within // DAY_US
-            within -= day * DAY_US
-            rows["date"] = np.array([_date(first + n) for n in range(last - first + 1)], dtype="S11")[day]
-            self._date = -1
-        elif first != self._date:
-            self._matrix.view(self._cells)["date"] = _date(first)
-            self._date = first
-        second = within // SECOND_US
-        micros = (within - second * SECOND_US).astype(np.int32)
-        millis = micros // np.int32(1_000)
-        rows["clock"] = CLOCK[second]
-        rows["milli"] = MILLI[millis]
-        rows["micro"] = MICRO[micros - millis * np.int32(1_000)]
+
+class JsonColumns:
+    """Print readings as a JSON object of arrays: one matrix of cells a column. ids and first as for JsonRows."""
+
+    def __init__(self, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...]) -> None:
+        self._ids = ids
+        self._first = first
+        self._numbers = [NumberCells(channel, b",") for channel in channels]
+        self._names = [b'],"%s":[' % channel.name.encode() for channel in channels]
+        self._id = np.dtype([("open", "S1"), ("id", ids.dtype), ("close", "S2")])
+        self._time = np.dtype([("open", "S1"), *TIME_CELLS, ("close", "S2")])
+        self._cells = [np.dtype([("whole0", n.whole.dtype), ("part0", n.part.dtype)]) for n in self._numbers]
+
+    def write(self, readings: Readings) -> list[bytes | memoryview]:
+        """Print n > 0 readings; return the pieces of the object in order."""
+        count = len(readings.satellite)
+        ids = np.empty(count, dtype=self._id)
+        times = np.empty(count, dtype=self._time)
+        for cells in (ids, times):
+            cells["open"], cells["close"] = b'"', b'",'
+        ids["id"] = np.take(self._ids, readings.satellite - self._first)
+        write_time(times, readings.time_us)
+        pieces: list[bytes | memoryview] = [b'{"satellite_id":[', _column(ids), b'],"timestamp":[', _column(times)]
+        for index, number in enumerate(self._numbers):
+            cells = np.empty(count, dtype=self._cells[index])
+            number.write(cells, 0, readings.values[index])
+            pieces += [self._names[index], _column(cells)]
+        return [*pieces, b"]}"]
+
+
+def _column(cells: Text) -> memoryview:
+    """Return a column's cells as text, without the comma after the last."""
+    return memoryview(cells.tobytes())[:-1]
+
+
+def write_time(rows: Text, time_us: Int64s) -> None:
+    """Fill date and time of day; the date is looked up row by row only in a batch that crosses midnight."""
+    first, last = (int(t) // DAY_US for t in (time_us.min(), time_us.max()))
+    within = time_us - first * DAY_US
+    if first != last:
+        day = within // DAY_US
+        within -= day * DAY_US
+        rows["date"] = np.array([_date(first + n) for n in range(last - first + 1)], dtype="S11")[day]
+    else:
+        rows["date"] = _date(first)
+    second = within // SECOND_US
+    micros = (within - second * SECOND_US).astype(np.int32)
+    millis = micros // np.int32(1_000)
+    rows["clock"] = CLOCK[second]
+    rows["milli"] = MILLI[millis]
+    rows["micro"] = MICRO[micros - millis * np.int32(1_000)]
 
 
 def _date(day: int) -> bytes:
     """Return the date of a day since 1970, with the T that follows it."""
     return str(np.datetime64(day, "D")).encode() + b"T"
-
-
-class BatchBody:
-    """Join rows to the body of a batch: a JSON array, or one object a line.
-
-    `separator` is what each row must end with; `content_type` names the format.
-    """
-
-    def __init__(self, body_format: str) -> None:
-        json = body_format == "json"
-        self.content_type = b"application/json" if json else b"application/x-ndjson"
-        self.separator = b"," if json else b"\n"
-        self._open, self._close = (b"[", b"]") if json else (b"", b"\n")
-
-    def length(self, rows: int, width: int) -> int:
-        """Return the body's length in bytes."""
-        return len(self._open) + rows * width
-
-    def join(self, head: bytes, matrix: npt.NDArray[np.uint8]) -> bytes:
-        """Return head and body as one string; the matrix, (n, width) with n > 0, is left as it was."""
-        matrix[-1, -1] = self._close[0]
-        try:
-            return b"".join((head, self._open, matrix.data))
-        finally:
-            matrix[-1, -1] = self.separator[0]
 
 
 def split_rows(matrix: npt.NDArray[np.uint8]) -> list[memoryview]:

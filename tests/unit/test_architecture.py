@@ -69,10 +69,13 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"consumer", "lanes", "ring"},
     "archive": {"columnstore", "copy_format", "rows"},
     "operate": {"archive", "consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "tokens", "verify"},
-    "demo": {"embedded", "heartbeat"},
+    "rig": {"embedded"},
+    "demo": {"heartbeat", "rig"},
+    "trial": {"copy_format", "heartbeat", "lanes", "rig", "rows"},
+    "capacity": {"migrate", "rig", "trial"},
     "__main__": {
-        "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate", "supervisor",
-        "ring", "tokens", "writer",
+        "capacity", "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate",
+        "supervisor", "ring", "tokens", "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "failpoints", "__init__"}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from simulator.__main__ import build_parser, main, parse_url, settings_from
+from simulator.__main__ import main
+from simulator.flags import build_parser, parse_url, settings_from
 
 NOWHERE = ["--api-url", "http://127.0.0.1:1"]
 
@@ -42,6 +43,12 @@ def listener() -> Iterator[str]:
         (["--processes", "0"], "--processes"),
         (["--processes", "5", "--satellites", "4"], "--processes 5 is more than --satellites 4"),
         (["--format", "ndjson"], "--format ndjson is for batches"),
+        (["--encoding", "gzip"], "--encoding gzip is for batches"),
+        (["--profile", "ramp", "--rate", "0"], "--profile ramp needs a --rate"),
+        (["--profile", "diurnal", "--points", "9"], "--profile diurnal spans the run; add --duration"),
+        (["--start", "2026-11-22T00:00:00"], "has no offset; write 2026-11-22T00:00:00Z"),
+        (["--start", "noon"], "'noon' is not a time"),
+        (["--tle", "/no/such/file"], "/no/such/file cannot be read: No such file"),
         (["--format", "xml"], "invalid choice: 'xml'"),
         (["--channels", "none"], "invalid choice: 'none'"),
         (["--token", "secret"], "unrecognized arguments"),

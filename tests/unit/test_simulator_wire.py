@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pytest
 
+from simulator.bodies import ENCODINGS, MEDIA_TYPES, Envelope, make_body
+from simulator.control import make_jobs
+from simulator.flags import build_parser, settings_from
 from simulator.fleet import CHANNEL_SETS, Channel, Fleet, Readings, satellite_ids
-from simulator.wire import BatchBody, JsonRows, split_rows
+from simulator.wire import JsonRows, split_rows
 
 MIDNIGHT_US = 1_795_305_600_000_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -38,16 +43,55 @@ def some_readings(channels: str, count: int, *, start_us: int = MIDNIGHT_US) -> 
     return fleet.read(dice.integers(0, 1_000, count), start_us + dice.integers(0, 10**10, count))
 
 
+def parse(kind: str, text: bytes) -> list[dict[str, object]]:
+    """Return the points of a body as JSON objects."""
+    if kind == "ndjson":
+        return [orjson.loads(line) for line in text.splitlines()]
+    if kind == "json":
+        return list(orjson.loads(text))
+    if kind == "columnar":
+        columns = orjson.loads(text)
+    else:
+        table = pa.ipc.open_stream(text).read_all()
+        assert [str(field.type) for field in table.schema][:3] == ["string", "timestamp[us, tz=UTC]", "double"]
+        table.validate(full=True)
+        columns = table.to_pydict()
+        columns["timestamp"] = [time.strftime("%Y-%m-%dT%H:%M:%S.%fZ") for time in columns["timestamp"]]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 @pytest.mark.parametrize("channels", CHANNEL_SETS)
-@pytest.mark.parametrize("body_format", ["json", "ndjson"])
-def test_a_batch_parses_back_to_exactly_the_readings(channels: str, body_format: str) -> None:
+@pytest.mark.parametrize("kind", MEDIA_TYPES)
+def test_a_batch_parses_back_to_exactly_the_readings(channels: str, kind: str) -> None:
     readings = some_readings(channels, 500)
-    body = BatchBody(body_format)
-    rows = rows_for(CHANNEL_SETS[channels], tail=body.separator)
-    text = body.join(b"", rows.write(readings))
-    parsed = orjson.loads(text) if body_format == "json" else [orjson.loads(line) for line in text.splitlines()]
-    assert parsed == points_of(readings, CHANNEL_SETS[channels])
-    assert len(text) == body.length(500, rows.width)
+    body = make_body(kind, satellite_ids(0, 1_000, 1_000), 0, CHANNEL_SETS[channels], 100)
+    for part in (readings, readings.pick(np.arange(7)), readings.pick(np.array([3, 9, 300])), readings):
+        text = b"".join(body.parts(part))
+        assert len(text) == sum(len(piece) for piece in body.parts(part))
+        assert parse(kind, text) == points_of(part, CHANNEL_SETS[channels])
+
+
+UNPACK = {
+    "identity": bytes,
+    "gzip": gzip.decompress,
+    "zstd": lambda data: pa.CompressedInputStream(pa.BufferReader(data), "zstd").read(),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_an_envelope_tells_type_encoding_length_and_a_new_key_each_time(encoding: str) -> None:
+    settings = settings_from(build_parser().parse_args(["--batch", "10", "--idempotency-keys", "--processes", "2"]))
+    jobs = make_jobs(settings, 2, ("h", 1), host="h:1", path="", token=None)
+    keys = set()
+    envelopes = [Envelope(job, "/telemetry/batch", "a/b", encoding) for job in jobs]
+    for envelope in envelopes * 2:
+        head, _, body = bytes(envelope.wrap([b"one ", b"two"])).partition(b"\r\n\r\n")
+        headers = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+        assert UNPACK[encoding](body) == b"one two"
+        assert headers[b"Content-Type"] == b"a/b" and int(headers[b"Content-Length"]) == len(body)
+        assert headers.get(b"Content-Encoding", b"identity").decode() == encoding
+        keys.add(headers[b"Idempotency-Key"])
+    assert len(keys) == 4
 
 
 @pytest.mark.parametrize("channel", CHANNEL_SETS["all"], ids=lambda channel: channel.name)
@@ -59,14 +103,14 @@ def test_the_ends_of_a_range_and_the_values_around_zero_print_right(channel: Cha
     ]
     values = np.array([scaled], dtype=np.int32)
     index = np.arange(len(scaled))
-    readings = Readings(index, MIDNIGHT_US + index, values, index < 0)
+    readings = Readings(index, MIDNIGHT_US + index, values, np.zeros(len(index), np.uint8))
     texts = split_rows(rows_for((channel,)).write(readings))
     assert [orjson.loads(text)[channel.name] for text in texts] == [value / unit for value in scaled]
 
 
 def test_a_value_beyond_the_range_is_an_error_not_a_wrong_number() -> None:
     one = np.array([0])
-    readings = Readings(one, one + MIDNIGHT_US, np.array([[10_100]], dtype=np.int32), one > 0)
+    readings = Readings(one, one + MIDNIGHT_US, np.array([[10_100]], dtype=np.int32), one.astype(np.uint8))
     with pytest.raises(IndexError):
         rows_for((Channel("battery_charge_percent", 2, 0, 100),)).write(readings)
 
@@ -87,13 +131,6 @@ def test_a_batch_larger_than_the_capacity_is_printed_whole() -> None:
     readings = some_readings("required", 37)
     texts = split_rows(rows_for(CHANNEL_SETS["required"], capacity=5).write(readings))
     assert [orjson.loads(text) for text in texts] == points_of(readings, CHANNEL_SETS["required"])
-
-
-def test_joining_leaves_the_rows_as_they_were() -> None:
-    body = BatchBody("json")
-    rows = rows_for(CHANNEL_SETS["required"], tail=body.separator)
-    matrix = rows.write(some_readings("required", 5))
-    assert body.join(b"head", matrix) == body.join(b"head", matrix)
 
 
 def test_single_rows_carry_their_head() -> None:

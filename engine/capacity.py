@@ -1,0 +1,214 @@
+"""`orbitstream capacity`: how much this machine and this database take, stage by stage, and what comes first.
+
+A service of its own, with lanes of its own, on a scratch database: made on the server of DATABASE_URL and dropped
+afterwards, or on a private embedded server when that is not set. In one run, so that ratios hold:
+
+    ceiling      the same rows by COPY alone: the most that the database takes
+    saturation   as many points as the edge takes: how fast the lanes drain, CPU a point of each stage
+    knee         the highest rate with nothing refused and the p99 from arrival to commit under the bound, by bisection
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+from psycopg import sql
+
+from engine import migrate, rig
+from engine.rig import RigError
+from engine.settings import Settings
+from engine.trial import Bench, Trial, copy_ceiling, find_knee, overrides
+
+CORES_SHOWN: Final = (1, 2, 4, 8, 16)
+
+
+def add_command(commands: Any) -> None:
+    """Add `capacity` to the command line."""
+    command = commands.add_parser(
+        "capacity",
+        help="measure how much this machine and database take, and what limits it (about a minute)",
+        description="Load a service of its own on a scratch database of DATABASE_URL's server (or of a private one), "
+        "find the knee, and store it in the capacity table of DATABASE_URL. Telemetry and lanes are not touched.",
+    )
+    command.set_defaults(run=run)
+    add = command.add_argument
+    add("--satellites", type=int, default=1000, help="fleet size (default: %(default)s)")
+    add("--batch", type=int, default=1000, help="points a request (default: %(default)s)")
+    add("--workers", type=int, default=2, help="web workers (default: %(default)s)")
+    add("--writers", type=int, default=1, help="writers (default: %(default)s)")
+    add("--bound", type=float, default=1000.0, help="p99 from arrival to commit in ms (default: %(default)s)")
+    add("--seconds", type=float, default=4.0, help="length of a trial (default: %(default)s)")
+    add("--trials", type=int, default=6, help="steps of the search for the knee (default: %(default)s)")
+    add("--output", type=Path, metavar="DIR", help="write capacity.json and, with matplotlib, capacity.png there")
+    add("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(config: Settings, options: argparse.Namespace) -> int:
+    """Measure; exit code 1 if a trial could not run."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+    home = rig.private_folder(config.home, "capacity")
+    lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-capacity", 0o700)
+    try:
+        with _scratch_database(config, home) as dsn:
+            result = measure(dsn, lane_dir, options)
+    except (RigError, psycopg.Error) as error:
+        print(f"orbitstream capacity: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(lane_dir, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
+    result["node"] = config.node
+    if config.database_url is not None:
+        store(config, result)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "capacity.json").write_text(json.dumps(result, indent=1) + "\n")
+        _plot(result, options.output / "capacity.png")
+    print(json.dumps(result) if options.json else to_words(result))
+    return 0
+
+
+@contextmanager
+def _scratch_database(config: Settings, home: Path) -> Iterator[str]:
+    """Yield the URL of an empty, migrated database that is gone afterwards."""
+    if config.database_url is None:
+        _say("starting a private database")
+        with rig.private_database(home, _say) as server:
+            migrate.migrate(config, server.dsn, lambda message: None)
+            yield server.dsn
+        return
+    url = config.migration_database_url or config.database_url
+    name = sql.Identifier(f"orbitstream_capacity_{os.getpid()}")
+    with psycopg.connect(url, autocommit=True) as owner:
+        try:
+            owner.execute(sql.SQL("CREATE DATABASE {}").format(name))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise RigError("the account may not create a scratch database: ALTER ROLE .. CREATEDB") from error
+        try:
+            dsn = psycopg.conninfo.make_conninfo(url, dbname=f"orbitstream_capacity_{os.getpid()}")
+            migrate.migrate(config, dsn, lambda message: None)
+            yield dsn
+        finally:
+            owner.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+
+
+def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure ceiling, saturation and knee on an empty database; return the result, JSON-ready."""
+    _say("COPY alone")
+    ceiling = copy_ceiling(dsn, options.satellites, options.writers, seconds=options.seconds / 2)
+    with (
+        rig.service(overrides(dsn, lane_dir, options), lane_dir) as (service, url),
+        psycopg.connect(dsn, autocommit=True) as connection,
+    ):
+        bench = Bench(service.pid, url, lane_dir, connection, options)
+        _say("saturation")
+        full = bench.trial(0.0)
+        points = bench.lane_points()
+        _say(f"saturation: accepted {full.accepted:,.0f}/s, committed {full.committed:,.0f}/s; looking for the knee")
+        knee, trials = find_knee(bench, 0.25 * full.committed, 1.15 * full.committed, options)
+    return describe(knee, full, trials, ceiling, points, options)
+
+
+def describe(
+    knee: Trial, full: Trial, trials: list[Trial], ceiling: float, lane_points: float, options: argparse.Namespace
+) -> dict[str, Any]:  # fmt: skip
+    """Put the result together: what was measured, and what follows from it."""
+    ours = {stage: full.cpu_us[stage] for stage in ("edge", "writer", "database")}
+    serial = max(ours["writer"], ours["database"])
+    predicted = {}
+    for cores in CORES_SHOWN:
+        rate = cores / max(sum(ours.values()), 1e-9) * 1e6
+        predicted[str(cores)] = {"points_per_second": round(rate), "writers": math.ceil(rate * serial / 1e6)}
+    arriving = min(2 * knee.offered, full.accepted)
+    growth = arriving - full.committed
+    return {
+        "knee_points_per_second": round(knee.offered),
+        "knee_p99_ms": round(knee.p99_ms, 1),
+        "drain_points_per_second": round(full.committed),
+        "edge_points_per_second": round(full.accepted),
+        "copy_points_per_second": round(ceiling),
+        "knee_to_copy": round(knee.offered / ceiling, 3) if ceiling else None,
+        "drain_to_copy": round(full.committed / ceiling, 3) if ceiling else None,
+        "cpu_us_per_point": {stage: round(value, 3) for stage, value in full.cpu_us.items()},
+        "predicted": predicted,
+        "lane_points": round(lane_points),
+        "seconds_until_full_at_twice_the_knee": round(lane_points / growth, 1) if growth > 0 else None,
+        "cores": len(os.sched_getaffinity(0)),
+        "configuration": {
+            name: getattr(options, name)
+            for name in ("satellites", "batch", "workers", "writers", "bound", "seconds", "trials")
+        },
+        "trials": [
+            {"offered": round(t.offered), "p99_ms": round(t.p99_ms, 1), "refused": t.refused,
+             "behind_s": round(t.behind_s, 3)} for t in trials
+        ],
+    }  # fmt: skip
+
+
+def store(config: Settings, result: dict[str, Any]) -> None:
+    """Add the result to the capacity table of the database that serves."""
+    url = config.migration_database_url or config.database_url
+    assert url is not None
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO capacity (node, knee_points_per_second, drain_points_per_second, copy_points_per_second,"
+            " seconds_until_full, cores, report) VALUES (%s, %s, %s, %s, %s, %s, %s)",
+            [
+                result["node"],
+                result["knee_points_per_second"],
+                result["drain_points_per_second"],
+                result["copy_points_per_second"],
+                result["seconds_until_full_at_twice_the_knee"],
+                result["cores"],
+                json.dumps(result),
+            ],
+        )
+
+
+def to_words(result: dict[str, Any]) -> str:
+    """Return the result as one line."""
+    full = result["seconds_until_full_at_twice_the_knee"]
+    until = f"lanes full after {full:.0f} s at twice that" if full else "lanes never full at twice that"
+    cpu = ", ".join(f"{stage} {result['cpu_us_per_point'][stage]:.2f}" for stage in ("edge", "writer", "database"))
+    return (
+        f"knee {result['knee_points_per_second']:,} points/s (p99 {result['knee_p99_ms']:.0f} ms), "
+        f"{result['knee_to_copy']:.2f} of COPY alone ({result['copy_points_per_second']:,}/s), {until}; "
+        f"CPU us a point: {cpu}"
+    )
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _say("no plot: install orbitstream[bench] for matplotlib")
+        return
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    trials = sorted(result["trials"], key=lambda trial: trial["offered"])
+    axes.plot([t["offered"] for t in trials], [t["p99_ms"] for t in trials], "o-", label="p99, arrival to commit")
+    axes.axhline(result["configuration"]["bound"], color="grey", linestyle=":", label="bound")
+    axes.axvline(result["knee_points_per_second"], color="tab:green", label="knee")
+    axes.axvline(result["copy_points_per_second"], color="tab:red", linestyle="--", label="COPY alone")
+    axes.set(xlabel="points/s", ylabel="ms", yscale="log", title=to_words(result).split(";")[0])
+    axes.title.set_fontsize(8)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _say(message: str) -> None:
+    rig.say("capacity", message)

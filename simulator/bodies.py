@@ -1,0 +1,175 @@
+"""What a request says: readings as the body of a batch in each format, packed, and the head before it.
+
+format      media type                              a body of n points
+json        application/json                        an array of n objects
+columnar    application/json                        an object of arrays of n values
+ndjson      application/x-ndjson                    n lines of one object each
+arrow       application/vnd.apache.arrow.stream     one record batch
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.fleet import Channel, Readings
+from simulator.settings import Job
+from simulator.wire import JsonColumns, JsonRows
+
+Buffer = bytes | memoryview
+
+MEDIA_TYPES: Final = {
+    "json": "application/json",
+    "columnar": "application/json",
+    "ndjson": "application/x-ndjson",
+    "arrow": "application/vnd.apache.arrow.stream",
+}
+KEY_DIGITS: Final = 12
+
+
+class Body(Protocol):
+    """Print readings as the body of a batch."""
+
+    def parts(self, readings: Readings) -> Sequence[Buffer]:
+        """Return the body of n > 0 readings, in pieces of one dimension that are good until the next call."""
+
+
+class RowBody:
+    """Print a JSON array, or one object a line."""
+
+    def __init__(self, rows: JsonRows, *, array: bool) -> None:
+        self._rows = rows
+        self._open, self._separator, self._close = (b"[", b",", b"]") if array else (b"", b"\n", b"\n")
+
+    def parts(self, readings: Readings) -> Sequence[Buffer]:
+        """Return the opening bracket and the rows, of which the last ends with the closing one."""
+        matrix = self._rows.write(readings)
+        matrix[:, -1] = self._separator[0]
+        matrix[-1, -1] = self._close[0]
+        return self._open, matrix.data.cast("B")
+
+
+class ColumnBody:
+    """Print a JSON object of arrays."""
+
+    def __init__(self, columns: JsonColumns) -> None:
+        self._columns = columns
+
+    def parts(self, readings: Readings) -> Sequence[Buffer]:
+        """Return names, brackets and columns."""
+        return self._columns.write(readings)
+
+
+class ArrowBody:
+    """Write an Arrow IPC stream: satellite_id utf8, timestamp[us, UTC], a double a channel."""
+
+    def __init__(self, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...]) -> None:
+        import pyarrow as pa
+
+        self._pa = pa
+        self._ids = ids
+        self._first = first
+        self._scale = np.array([[10.0**channel.decimals] for channel in channels])
+        self._time = pa.timestamp("us", tz="UTC")
+        fields = [("satellite_id", pa.string()), ("timestamp", self._time)]
+        self._schema = pa.schema(fields + [(channel.name, pa.float64()) for channel in channels])
+        self._opening = memoryview(self._schema.serialize())
+
+    def parts(self, readings: Readings) -> Sequence[Buffer]:
+        """Return the stream: schema, one record batch, end."""
+        pa = self._pa
+        count = len(readings.satellite)
+        width = self._ids.itemsize
+        offsets = np.arange(0, (count + 1) * width, width, dtype=np.int32)
+        ids = np.take(self._ids, readings.satellite - self._first)
+        # Divided, not multiplied by 0.01: 8731 / 100 is the double next to 87.31, as in the JSON formats.
+        values = readings.values / self._scale
+        arrays: list[Any] = [
+            pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(ids)),
+            pa.Array.from_buffers(self._time, count, [None, pa.py_buffer(readings.time_us)]),
+        ]
+        arrays += [pa.Array.from_buffers(pa.float64(), count, [None, pa.py_buffer(column)]) for column in values]
+        return stream(self._opening, pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+
+
+def stream(opening: Buffer, batch: Any) -> Sequence[Buffer]:
+    """Return an Arrow IPC stream of one pyarrow record batch: its schema's message, its own, and the end's."""
+    return opening, memoryview(batch.serialize()), b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def make_body(kind: str, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...], capacity: int) -> Body:
+    """Return the writer of a format's bodies; ids[i] is the name of satellite first + i."""
+    if kind == "arrow":
+        return ArrowBody(ids, first, channels)
+    if kind == "columnar":
+        return ColumnBody(JsonColumns(ids, first, channels))
+    return RowBody(JsonRows(ids, first, channels, capacity=capacity, tail=b" "), array=kind == "json")
+
+
+def _gzip(parts: Sequence[Buffer]) -> bytes:
+    """Pack at the fastest level: a sender on a small computer would."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    return b"".join([*(packer.compress(part) for part in parts), packer.flush()])
+
+
+def _zstd(parts: Sequence[Buffer]) -> bytes:
+    import pyarrow as pa
+
+    packed: bytes = pa.Codec("zstd", compression_level=1).compress(b"".join(parts), asbytes=True)
+    return packed
+
+
+ENCODINGS: Final[dict[str, Callable[[Sequence[Buffer]], bytes] | None]] = {
+    "identity": None,
+    "gzip": _gzip,
+    "zstd": _zstd,
+}
+
+
+class Envelope:
+    """Put bodies into requests: packs them, writes the head, numbers the Idempotency-Keys.
+
+    A key is the run's random word, the number of the sender and that of the request: no two requests share one.
+    """
+
+    def __init__(self, job: Job, path: str, media_type: str, encoding: str = "identity") -> None:
+        self._pack = ENCODINGS[encoding]
+        lines = [f"POST {job.path}{path} HTTP/1.1", f"Host: {job.host}", "User-Agent: orbitstream-simulator"]
+        if job.token is not None:
+            lines.append(f"Authorization: Bearer {job.token}")
+        lines.append(f"Content-Type: {media_type}")
+        if self._pack is not None:
+            lines.append(f"Content-Encoding: {encoding}")
+        self._keyed = job.settings.idempotency_keys
+        self._next = 0
+        kind = "b" if path.endswith("batch") else "s"
+        self._key = f"Idempotency-Key: {job.run}-{job.number}{kind}-" if self._keyed else ""
+        self._start = ("\r\n".join(lines) + "\r\n").encode("latin-1")
+
+    def head(self, length: int) -> bytes:
+        """Return the request line and headers before a body of `length` bytes, blank line included."""
+        key = b""
+        if self._keyed:
+            key = f"{self._key}{self._next:0{KEY_DIGITS}d}\r\n".encode()
+            self._next += 1
+        return b"%bContent-Length: %d\r\n%b\r\n" % (self._start, length, key)
+
+    def wrap(self, parts: Sequence[Buffer]) -> memoryview:
+        """Return a whole request."""
+        if self._pack is not None:
+            parts = (self._pack(parts),)
+        return memoryview(b"".join((self.head(sum(len(part) for part in parts)), *parts)))
+
+    def number(self, matrix: npt.NDArray[np.uint8], head_length: int) -> None:
+        """Give each row of (n, width) bytes, which begins with a head of this envelope, a key of its own."""
+        if self._keyed:
+            numbers = range(self._next, self._next + len(matrix))
+            self._next += len(matrix)
+            digits = b"".join([b"%0*d" % (KEY_DIGITS, number) for number in numbers])
+            # The key is the last header: its digits end before two line ends.
+            end = head_length - 4
+            matrix[:, end - KEY_DIGITS : end] = np.frombuffer(digits, dtype=np.uint8).reshape(-1, KEY_DIGITS)
