@@ -1,8 +1,10 @@
 # Everything happens in .venv; nothing but Python 3.11 (or later) and make is needed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+LOCK = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --python-platform linux --generate-hashes --no-annotate \
+  --custom-compile-command 'make lock'
 
-.PHONY: help demo test crash bench soak lint serve migrate clean
+.PHONY: help demo test crash bench soak lint serve migrate lock audit dist clean
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -26,13 +28,24 @@ soak: .venv/bench  ## SOAK_MINUTES (30) at 70 % of the knee with a kill a minute
 	$(BIN)/python -m bench.soak --minutes $${SOAK_MINUTES:-30}
 
 lint: .venv/dev  ## check style, types and formatting
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/hadolint deploy/Dockerfile
 
 serve: .venv/embedded  ## run the service on port 8080, with an embedded PostgreSQL unless DATABASE_URL is set
 	$(BIN)/orbitstream serve
 
 migrate: .venv/embedded  ## bring the database of DATABASE_URL to this version's schema
 	$(BIN)/orbitstream migrate
+
+lock: .venv/release  ## lock the image's requirements, with hashes, to the newest versions that fit
+	$(LOCK) --extra fast -o deploy/requirements.txt setup.cfg
+	printf 'setuptools>=77\nwheel\n' | $(LOCK) -o deploy/requirements-build.txt -
+
+audit: .venv/release  ## look for known vulnerabilities in what is locked (asks the internet), and write dist/sbom.json
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r deploy/requirements.txt
+	mkdir -p dist && $(BIN)/cyclonedx-py requirements deploy/requirements.txt --of JSON -o dist/sbom.json
+
+dist: .venv/release  ## build wheel and sdist into dist/
+	rm -rf build && $(BIN)/python -m build -q && rm -rf build
 
 clean:  ## remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

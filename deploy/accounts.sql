@@ -50,3 +50,4 @@ ALTER ROLE orbitstream_grafana SET default_transaction_read_only = on;
 SELECT format('ALTER DATABASE %I OWNER TO orbitstream_migrator', current_database()) \gexec
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexec
 SELECT format('GRANT CONNECT ON DATABASE %I TO orbitstream_ingest, orbitstream_read', current_database()) \gexec
+REVOKE CREATE ON SCHEMA public FROM PUBLIC; -- PostgreSQL 14 still lets everybody

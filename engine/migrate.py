@@ -1,4 +1,7 @@
-"""Bring a database to the schema of this version: the files of sql/, in order, each once, each in one transaction."""
+"""Bring a database to the schema of this version: the files of sql/, in order, each once, each in one transaction.
+
+Then, each time, sql/rights.sql: a role that the administrator made since then has its rights at the next `migrate`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from engine.settings import Settings
 
 ADVISORY_LOCK: Final = 0x6F726269745F6D67  # "orbit_mg": held for the whole of a migration
 LOCK_TIMEOUT_S: Final = 60
+RIGHTS: Final = "rights.sql"
+ROLES: Final = ("orbitstream_owner", "orbitstream_ingest", "orbitstream_read")
 
 _FILE = re.compile(r"(\d{4})_(\w+)\.sql")
 _NAME = "(?:any|plain|apache|timescaledb|timescale)"
@@ -90,6 +95,8 @@ def migrations(folder: Path | None = None) -> list[Migration]:
     """Read sql/ in order of version; raises MigrationError for a file that is not headed by its edition."""
     found = []
     for path in sorted((folder or data_folder("sql")).glob("*.sql")):
+        if path.name == RIGHTS:
+            continue
         named, text = _FILE.fullmatch(path.name), path.read_text()
         header = _HEADER.match(text)
         if named is None or header is None:
@@ -183,6 +190,7 @@ def _migrate(settings: Settings, url: str, say: Callable[[str], None]) -> Editio
             say(f"applied {migration.version:04d} {migration.name}")
         if edition.timescaledb is not None:
             policies.settle(connection, settings, edition.name)
+        _grant_rights(connection, say)
         return edition
 
 
@@ -200,6 +208,18 @@ def _apply(connection: psycopg.Connection[Any], migration: Migration, edition: E
         raise MigrationError(
             f"migration {migration.version:04d} {migration.name} failed and was undone: {_first_line(error)}"
         ) from error
+
+
+def _grant_rights(connection: psycopg.Connection[Any], say: Callable[[str], None]) -> None:
+    """Make the three roles where this account may, and give those that are there their rights."""
+    with connection.transaction():
+        connection.execute((data_folder("sql") / RIGHTS).read_bytes())
+    found = {name for (name,) in connection.execute("SELECT rolname FROM pg_roles WHERE rolname = ANY(%s)", [[*ROLES]])}
+    if missing := [name for name in ROLES if name not in found]:
+        say(
+            f"this account may not create the roles {', '.join(missing)}: where service and Grafana are to have "
+            "accounts of their own, let an administrator create them, then migrate again"
+        )
 
 
 def _enable_timescaledb(connection: psycopg.Connection[Any], say: Callable[[str], None]) -> None:

@@ -29,8 +29,8 @@ class OperateError(Exception):
 
 @contextmanager
 def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
-    """Connect to the database of the running service, also when that is the embedded one."""
-    url = config.database_url or running_dsn(config.home)
+    """Connect to the database of the running service as its owner, also when that is the embedded one."""
+    url = config.owner_url or running_dsn(config.home)
     if url is None:
         raise OperateError(
             "no database: set DATABASE_URL, or start the service, whose embedded PostgreSQL is not running"
@@ -42,6 +42,10 @@ def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
         raise OperateError(f"cannot use the database: {' '.join(str(error).split())}") from error
     except psycopg.errors.UndefinedTable as error:
         raise OperateError("the database has no OrbitStream schema: run `orbitstream migrate`") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise OperateError(
+            f"{' '.join(str(error).split())}: set MIGRATION_DATABASE_URL to the account that owns the tables"
+        ) from error
 
 
 def verify_command(config: Settings, options: argparse.Namespace) -> int:

@@ -110,6 +110,12 @@ def _database_url(text: str) -> str:
     return text
 
 
+def _has_password(url: str) -> bool:
+    from psycopg import conninfo
+
+    return "password" in conninfo.conninfo_to_dict(url)
+
+
 def _text(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
@@ -264,7 +270,8 @@ def options() -> list[tuple[str, str, str, str]]:
 def load(environ: Mapping[str, str] | None = None, **overrides: str | None) -> Settings:
     """Read the settings from the environment; `overrides` (field=text) take precedence.
 
-    Raises SettingError, one line that names the variable, for a value that cannot be used.
+    Raises SettingError, one line that names the variable, for a value that cannot be used. A password is not taken from
+    an override: overrides are a command line, which every user of the machine can read.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
@@ -280,6 +287,8 @@ def load(environ: Mapping[str, str] | None = None, **overrides: str | None) -> S
         given[variable] = text
         try:
             values[item.name] = item.metadata["parse"](text)
+            if overrides.get(item.name) is not None and "URL" in variable and _has_password(text):
+                raise ValueError("has a password on the command line, which the process list shows: set the variable")
             if isinstance(values[item.name], Path):
                 given[variable] = str(values[item.name])  # children have another working directory
         except ValueError as error:

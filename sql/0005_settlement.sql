@@ -32,18 +32,3 @@ CREATE TABLE dead_letter (
 );
 COMMENT ON TABLE dead_letter IS 'Accepted points that did not become rows: orbitstream dead-letters list|replay|purge.';
 COMMENT ON COLUMN dead_letter.point IS 'The row that was to be stored: the names are the columns of telemetry.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_owner') THEN
-        GRANT ALL ON idempotency_key, dead_letter TO orbitstream_owner;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_ingest') THEN
-        GRANT SELECT, INSERT, UPDATE ON idempotency_key TO orbitstream_ingest;
-        GRANT SELECT, INSERT ON dead_letter TO orbitstream_ingest;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_read') THEN
-        GRANT SELECT ON dead_letter TO orbitstream_read;
-    END IF;
-END
-$$;

@@ -1,5 +1,4 @@
-"""Every query of every dashboard on a real database, expanded as Grafana's backend expands it; and the accounts with
-which deploy/compose.yaml lets Grafana and the service at it.
+"""Every query of every dashboard on a real database, expanded as Grafana's backend expands it.
 
 No Grafana runs here: `expand` is its macro engine for PostgreSQL, rule by rule.
 """
@@ -9,26 +8,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
 from engine import data_folder, settings
-from engine.embedded import find_installations
 from engine.migrate import Edition, migrate
 from tests.conftest import EDITIONS, GIVEN_URL
 from tests.servers import editions
-from tests.service import POINT, Service, eventually
-from tests.unit.test_compose import environment, make_passwords
 
 ROWS, SATELLITES = 50_000, 100
 SLOWEST_MS = 200
@@ -402,115 +396,3 @@ def test_the_variable_lists_the_satellites_in_order(boards: Boards) -> None:
 def test_grafanas_role_can_only_read(statement: str, boards: Boards) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         boards.connection.execute(statement.encode())
-
-
-# -- the accounts of deploy/compose.yaml
-
-
-@dataclass(frozen=True)
-class Accounts:
-    """A database set up as the container of compose.yaml does it, and migrated; its accounts by their passwords."""
-
-    server: dict[str, Any]
-    secrets: Path
-
-    def url(self, compose_url: str) -> str:
-        """Return a URL of compose.yaml with our server in the place of `db`."""
-        return psycopg.conninfo.make_conninfo(compose_url, **self.server)
-
-    @property
-    def migrator(self) -> str:
-        return self.url(environment("orbitstream")["MIGRATION_DATABASE_URL"])
-
-    @property
-    def service(self) -> str:
-        return self.url(environment("orbitstream")["DATABASE_URL"])
-
-    @property
-    def grafana(self) -> str:
-        password = (self.secrets / "grafana_database_password").read_text()
-        return psycopg.conninfo.make_conninfo(user="orbitstream_grafana", password=password, **self.server)
-
-
-@pytest.fixture(scope="module", params=[] if GIVEN_URL else [name for name in EDITIONS if name != "timescale"])
-def accounts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
-    checkout = tmp_path_factory.mktemp("checkout")
-    (checkout / "deploy").mkdir()
-    assert make_passwords(checkout) == 0
-    secrets = checkout / "deploy" / "secrets"
-    with ExitStack() as stack:
-        server = stack.enter_context(getattr(editions, request.param)())
-        url = stack.enter_context(database_on(server, f"accounts_{os.getpid()}"))
-        with psycopg.connect(url, autocommit=True) as connection:
-            let_in_by_password(connection)
-            if request.param == "apache":
-                connection.execute("CREATE EXTENSION timescaledb")  # as the image does before our script
-        for _ in range(2):  # a second time, as after a change of passwords
-            run_accounts_sql(url, secrets)
-        parts = psycopg.conninfo.conninfo_to_dict(url)
-        made = Accounts({key: parts[key] for key in ("host", "port", "dbname")}, secrets)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PGSERVICEFILE", str(secrets / "pg_service.conf"))
-            migrate(settings.load({}), made.migrator, lambda _: None)
-            yield made
-
-
-def let_in_by_password(connection: psycopg.Connection[Any]) -> None:
-    """Add our accounts to pg_hba.conf: the embedded server knows its own by their user of the system."""
-    [path] = connection.execute("SHOW hba_file").fetchone() or [""]
-    if os.access(path, os.W_OK):
-        names = "orbitstream_migrator,orbitstream_service,orbitstream_grafana"
-        with open(path, "a") as file:
-            file.write(f"local all {names} scram-sha-256\n")
-        connection.execute("SELECT pg_reload_conf()")
-
-
-def run_accounts_sql(url: str, secrets: Path) -> None:
-    psql = find_installations()[0].bindir / "psql"
-    command = [psql, "-X", "-v", "ON_ERROR_STOP=1", "-v", f"secrets={secrets}", "-d", url]
-    subprocess.run([*command, "-f", data_folder("deploy") / "accounts.sql"], check=True, capture_output=True)
-
-
-def test_the_service_stores_points_as_its_account_and_grafana_reads_them(accounts: Accounts, lane_dir: Path) -> None:
-    with Service(accounts.service, lane_dir) as service:
-        service.start(MIGRATION_DATABASE_URL=accounts.migrator)
-        assert service.post("/telemetry", POINT)[0] == 202
-        with psycopg.connect(accounts.grafana, autocommit=True) as connection:
-            view = View(datetime.now(UTC) - timedelta(minutes=5), datetime.now(UTC) + timedelta(minutes=5))
-            sql = expand(QUERIES["overview / 4 Points in range"].sql, view)
-            eventually(lambda: connection.execute(sql.encode()).fetchone() == (1, 0, 0.0), what="one point")
-        assert service.stop() == 0
-        assert "permission denied" not in service.output()
-
-
-@pytest.mark.parametrize(
-    ("account", "statement"),
-    [
-        ("service", "DELETE FROM telemetry"),
-        ("service", "UPDATE telemetry SET is_anomaly = true"),
-        ("service", "DELETE FROM ingest_progress"),
-        ("service", "CREATE TABLE mine ()"),
-        ("service", "UPDATE orbitstream_database SET created_at = now()"),
-        ("grafana", "SET TRANSACTION READ WRITE; INSERT INTO ingest_progress (lane) VALUES (NULL)"),
-        ("grafana", "SELECT rolpassword FROM pg_authid"),
-        ("migrator", "ALTER ROLE orbitstream_migrator SUPERUSER"),
-        ("migrator", "SELECT rolpassword FROM pg_authid"),
-    ],
-)
-def test_an_account_may_not_do_more_than_it_has_to(accounts: Accounts, account: str, statement: str) -> None:
-    denied = pytest.raises(psycopg.errors.InsufficientPrivilege)
-    with psycopg.connect(getattr(accounts, account), autocommit=True) as connection, denied:
-        connection.execute(statement.encode())
-
-
-def test_grafana_cannot_write_nor_run_for_ever(accounts: Accounts) -> None:
-    with psycopg.connect(accounts.grafana, autocommit=True) as connection:
-        assert connection.execute("SHOW default_transaction_read_only").fetchone() == ("on",)
-        assert connection.execute("SHOW statement_timeout").fetchone() == ("30s",)
-
-
-def test_nobody_gets_in_without_a_password(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PGSERVICEFILE")
-    for name in ("orbitstream_service", "orbitstream_migrator", "orbitstream_grafana"):
-        with pytest.raises(psycopg.OperationalError, match="password"):
-            psycopg.connect(psycopg.conninfo.make_conninfo(user=name, **accounts.server))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,8 +98,9 @@ def test_a_changed_file_and_a_newer_database_are_told(command: Service) -> None:
 
 @on_each_edition
 def test_two_at_once_apply_each_migration_once(database: str) -> None:
-    command = [sys.executable, "-P", "-m", "engine", "migrate", "--database-url", database]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-P", "-m", "engine", "migrate"]
+    given = {**os.environ, "DATABASE_URL": database}
+    both = [subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = "".join(process.communicate(timeout=60)[1] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert said.count("applied 0001 telemetry") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import stat
@@ -16,9 +17,12 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from psycopg import conninfo
 
 from engine import data_folder, settings, supervisor
+from engine.__main__ import USAGE
 
 DEPLOY = data_folder("deploy")
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -103,6 +107,12 @@ def test_services_gain_no_privileges(name: str) -> None:
         assert service["cap_drop"] == ["ALL"]
         assert service["tmpfs"] == ["/tmp"]
         assert "user" not in service, "the image's own"
+
+
+@each_service
+def test_nothing_takes_all_the_memory(name: str) -> None:
+    limit = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", SERVICES[name]["mem_limit"])
+    assert re.fullmatch(r"\d+[gm]", limit)
 
 
 def test_the_database_cannot_be_reached_from_outside() -> None:
@@ -224,6 +234,30 @@ def test_a_service_has_no_secret_that_is_not_declared(name: str) -> None:
     assert set(SERVICES[name].get("secrets", [])) <= set(COMPOSE["secrets"])
 
 
+# -- the unit of systemd: the same service without containers
+
+
+def unit() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (DEPLOY / "orbitstream.service").read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            found.setdefault(line.partition("=")[0], []).append(line.partition("=")[2])
+    return found
+
+
+def test_the_unit_gives_the_same_settings_and_time_as_compose() -> None:
+    given = dict(text.split("=", 1) for text in unit()["Environment"])
+    assert given.pop("PGSERVICEFILE") == "%d/pg_service.conf"
+    assert unit()["LoadCredential"] == ["pg_service.conf:/etc/orbitstream/pg_service.conf"]
+    compose = environment("orbitstream")
+    assert {name: compose[name] for name in given} == given
+    config = settings.load(given)
+    assert str(config.lane_dir).startswith(f"/var/lib/{unit()['StateDirectory'][0]}/")
+    assert seconds(unit()["TimeoutStopSec"][0] + "s") == seconds(SERVICES["orbitstream"]["stop_grace_period"])
+    assert unit()["RestartPreventExitStatus"] == [str(USAGE)]
+    assert unit()["KillMode"] == ["mixed"], "the supervisor stops the others in order"
+
+
 # -- the Dockerfile
 
 
@@ -238,6 +272,27 @@ def test_the_image_runs_as_nobody_in_particular_and_stops_in_order() -> None:
     assert json.loads(IMAGE["ENTRYPOINT"]) == ["orbitstream"]
     assert json.loads(IMAGE["CMD"]) == ["serve"]
     assert IMAGE["STOPSIGNAL"] == "SIGTERM"
+
+
+def test_nothing_unlocked_gets_into_the_image() -> None:
+    """Each `pip` of the Dockerfile has hashes to check, or no index to ask; each requirement of ours is locked."""
+    joined = re.sub(r"\s*\\\n\s*", " ", DOCKERFILE)
+    commands = re.findall(r"pip (?:--python \S+ )?(?:install|wheel) [^&\n]*", joined)
+    assert len(commands) == 4
+    assert all("--require-hashes" in it or "--no-deps" in it for it in commands), commands
+    assert all("--no-build-isolation" in it for it in commands if it.startswith("pip wheel"))
+    locked = {
+        canonicalize_name(name): version
+        for name, version in re.findall(r"^(\S+)==(\S+)", (DEPLOY / "requirements.txt").read_text(), re.MULTILINE)
+    }
+    wanted = [Requirement(text) for text in importlib.metadata.requires("orbitstream") or []]
+    wanted = [it for it in wanted if it.marker is None or it.marker.evaluate({"extra": "fast"})]
+    assert len(wanted) >= 6
+    for requirement in wanted:
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), "run `make lock`"
+    for name in ("requirements.txt", "requirements-build.txt"):
+        blocks = re.split(r"^(?=[a-z])", (DEPLOY / name).read_text(), flags=re.MULTILINE)[1:]
+        assert blocks and all("--hash=sha256:" in block for block in blocks)
 
 
 def test_no_secret_gets_into_a_layer() -> None:

@@ -85,3 +85,12 @@ def test_beyond_loopback_takes_a_decision() -> None:
 )
 def test_max_connections_bounds_the_writers(writers: str, connections: str, count: int) -> None:
     assert load({"ORBITSTREAM_WRITERS": writers, "MAX_CONNECTIONS": connections}).writer_count == count
+
+
+def test_a_password_is_not_taken_from_the_command_line() -> None:
+    url = "postgresql://user:hidden@db/orbitstream"
+    with pytest.raises(SettingError, match="DATABASE_URL has a password on the command line") as caught:
+        settings.load({}, database_url=url)
+    assert "hidden" not in str(caught.value)
+    assert settings.load({"DATABASE_URL": url}).database_url == url
+    assert settings.load({}, database_url="postgresql://user@db/orbitstream").database_url is not None
