@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from engine import rows
 from engine.channels import CHANNELS
 from engine.decode import Decoder
-from engine.points import DecodeError
+from engine.points import DecodeError, Rejects
 from engine.timestamps import now_us, parse, parse_all
 from tests.service import POINT
 
@@ -250,9 +253,98 @@ def test_a_batch_is_taken_if_and_only_if_each_point_is(points: list[dict[str, An
     assert taken == all(verdicts)
 
 
+@given(st.lists(_good | _any, min_size=1, max_size=5))
+def test_a_lenient_batch_keeps_what_the_scalar_rule_keeps(points: list[dict[str, Any]]) -> None:
+    good = []
+    for index, each in enumerate(points):
+        try:
+            good.append((index, DECODER.point(orjson.dumps(each), NOW)))
+        except DecodeError:
+            continue
+    lines = b"\n".join(map(orjson.dumps, points))
+    for decode, body in ((DECODER.json_batch, orjson.dumps(points)), (DECODER.ndjson_batch, lines)):
+        rejects = Rejects()
+        try:
+            columns = decode(body, NOW, rejects)
+        except DecodeError:
+            assert not good
+            continue
+        assert columns.satellite_id.tolist() == [each.satellite_id for _, each in good]
+        assert rejects.indexes == sorted(set(range(len(points))) - {index for index, _ in good})
+
+
+@given(st.lists(_good | _any, min_size=1, max_size=5))
+def test_columns_are_taken_if_and_only_if_their_points_are(points: list[dict[str, Any]]) -> None:
+    names = {name for each in points for name in each}
+    points = [{name: each.get(name) for name in names} for each in points]  # a column has a value for each point
+    try:
+        expected = rows.pack(DECODER.json_batch(orjson.dumps(points), NOW))
+    except DecodeError:
+        expected = None
+    try:
+        found = rows.pack(DECODER.json_batch(orjson.dumps({n: [p[n] for p in points] for n in names}), NOW))
+    except DecodeError as error:
+        found = None
+        assert error.faults[0].pointer.split("/")[1] in {*names, *POINT, "other"}
+    assert found == expected
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*POINT, "timestamp"]), inner),
+    max_leaves=12,
+)
+
+
+@given(_json)
+def test_no_json_raises_anything_but_a_decode_error(value: Any) -> None:
+    body = orjson.dumps(value)
+    for decode in (DECODER.json_batch, DECODER.ndjson_batch):
+        for rejects in (None, Rejects()):
+            try:
+                decode(body, NOW, rejects)
+            except DecodeError as error:
+                assert error.detail
+    try:
+        DECODER.point(body, NOW)
+    except DecodeError as error:
+        assert error.faults
+
+
+HOSTILE = """
+import resource, sys
+sys.path.insert(0, {here!r})
+from engine.decode import Decoder
+from engine.points import DecodeError
+decoder = Decoder(max_points=100_000, oldest_us=10**18)
+size = 16 << 20
+bodies = [b"[" + item * (size // len(item)) + b"0]" for item in (b"[],", b"{{}},", b'{{"a":1}},', b"1.5,", b'"ab",')]
+bodies.append(b"{{" + b",".join(b'"%x":1' % i for i in range(size // 10)) + b"}}")
+bodies.append(b'{{"satellite_id":[' + b"0," * (size // 2 - 20) + b"0]}}")
+bodies.append(b"\\n" * size)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for body in bodies:
+    for decode in (decoder.json_batch, decoder.ndjson_batch):
+        try:
+            decode(body, 0)
+            raise SystemExit("taken")
+        except DecodeError:
+            pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) >> 10)
+"""
+
+
+def test_a_hostile_body_costs_little_more_memory_than_the_largest_good_one() -> None:
+    """16 MiB of `[],[],...` were half a gigabyte once parsed."""
+    code = HOSTILE.format(here=str(Path(__file__).resolve().parents[2]))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) < 150
+
+
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
 def test_no_body_raises_anything_but_a_decode_error(body: bytes) -> None:
-    for decode in (DECODER.point, DECODER.json_batch, DECODER.ndjson_batch):
+    for decode in (DECODER.point, DECODER.json_batch, DECODER.ndjson_batch, DECODER.arrow_batch):
         try:
             decode(body, NOW)
         except DecodeError as error:
