@@ -98,12 +98,33 @@ def order(columns: Columns) -> NDArray[np.intp]:
     Sorted rows fill the pages of the (satellite_id, time) index one after the other: about 1.4 times the COPY rate.
     """
     chars = _id_bytes(columns)
-    # Bytes that all ids share say nothing about their order; what is left is read as big-endian integers.
+    # Bytes that all ids share say nothing about their order.
     chars = chars[:, (chars != chars[0]).any(axis=0)]
+    key = _packed(columns.time, chars)
+    if key is not None:
+        return np.argsort(key)
     padded = np.zeros((len(chars), -(-chars.shape[1] // 8) * 8), np.uint8)
     padded[:, : chars.shape[1]] = chars
     words = padded.view(">u8").astype(np.uint64)
     return np.lexsort((columns.time, *(words[:, index] for index in reversed(range(words.shape[1])))))
+
+
+def _packed(time: Times, chars: NDArray[np.uint8]) -> NDArray[np.int64] | None:
+    """Return id and time as one integer of the same order, if they differ in no more than 63 bits; else None.
+
+    A fleet's ids differ in a few digits, and a batch spans seconds: one key sorts several times as fast as two.
+    """
+    first = time.min()
+    used = int(time.max() - first).bit_length()
+    low, high = chars.min(axis=0), chars.max(axis=0)
+    widths = [int(span).bit_length() for span in high - low]
+    if used + sum(widths) > 63:
+        return None
+    key: NDArray[np.int64] = time - first
+    for index in reversed(range(len(widths))):
+        key |= (chars[:, index] - low[index]).astype(np.int64) << used
+        used += widths[index]
+    return key
 
 
 def take(columns: Columns, indices: NDArray[np.intp]) -> Columns:
