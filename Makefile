@@ -5,7 +5,6 @@ LOCK = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --python-platfor
   --custom-compile-command 'make lock'
 
 .PHONY: help demo test crash bench soak lint serve migrate lock audit dist clean
-.PHONY: help demo test crash bench lint serve migrate clean
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -28,9 +27,6 @@ bench: .venv/bench  ## what each stage costs, and the whole against COPY alone a
 soak: .venv/bench  ## SOAK_MINUTES (30) at 70 % of the knee with a kill a minute: nothing lost, memory and latency flat
 	$(BIN)/python -m bench.soak --minutes $${SOAK_MINUTES:-30}
 
-bench: .venv/dev  ## measure how fast each format is decoded
-	$(BIN)/python -m pytest -s bench
-
 lint: .venv/dev  ## check style, types and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/hadolint deploy/Dockerfile
 
@@ -41,7 +37,7 @@ migrate: .venv/embedded  ## bring the database of DATABASE_URL to this version's
 	$(BIN)/orbitstream migrate
 
 lock: .venv/release  ## lock the image's requirements, with hashes, to the newest versions that fit
-	$(LOCK) --extra fast -o deploy/requirements.txt setup.cfg
+	$(LOCK) -o deploy/requirements.txt setup.cfg
 	printf 'setuptools>=77\nwheel\n' | $(LOCK) -o deploy/requirements-build.txt -
 
 audit: .venv/release  ## look for known vulnerabilities in what is locked (asks the internet), and write dist/sbom.json
