@@ -26,6 +26,7 @@ workers = _config.workers
 worker_class = {"eventloop": "engine.http_worker.Worker", "gthread": "engine.gthread.Worker"}[_config.worker_class]
 # gthread alone: a keep-alive connection waits in a poller, not in a thread. More threads only hand the GIL around.
 threads = 4
+http_parser = "python"  # gunicorn's own C parser, where it is installed, lets folded headers pass
 worker_connections = 1000
 # Longer than a client's pause between batches: a request on a connection closed just then has an unknown outcome.
 keepalive = 75

@@ -68,7 +68,7 @@ class Client:
     """A connection and what is to be sent on it."""
 
     __slots__ = (
-        "closed", "closing", "connection", "deadline", "eof", "fd", "holding", "interest", "lingering", "out",
+        "behind", "closed", "closing", "connection", "deadline", "eof", "fd", "holding", "interest", "lingering", "out",
         "refused", "socket", "stage", "unsent", "waiting",
     )  # fmt: skip
 
@@ -81,6 +81,7 @@ class Client:
         self.unsent = b""  # what the kernel did not take
         self.holding = False  # `out` has an answer that waits for the sync
         self.waiting = False  # parked
+        self.behind = False  # it sent more requests than one turn takes: they come first, then more is read
         self.eof = False  # it sends no more
         self.closing = False  # it gets no more after `out`
         self.refused = False
@@ -172,11 +173,7 @@ class Loop:
     # -- a turn
 
     def _turn(self) -> None:
-        if not self._accepting and self._now >= self._accept_at and len(self._clients) < self._bounds.max_connections:
-            self._set_accepting(not self.stopping)
-        until = self._next_tick if self._accepting else min(self._next_tick, max(self._accept_at, self._now + 1e-3))
-        timeout = 0.0 if self._again else min(POLL_S, until - self._now) if self._parked else until - self._now
-        events = self._epoll.poll(max(0.0, timeout))
+        events = self._epoll.poll(self._timeout())
         self._now = time.monotonic()
         if self._now >= self._date_until:
             self._date, self._date_until = http_answer.http_date(), self._now + 0.5
@@ -201,6 +198,15 @@ class Loop:
             self._commit()
         if self._parked:
             self._look_at_parked()
+
+    def _timeout(self) -> float:
+        """Return for how long there may be nothing to do, and accept again if it is time to."""
+        may_accept = not self.stopping and len(self._clients) < self._bounds.max_connections
+        self._set_accepting(may_accept and self._now >= self._accept_at)
+        if self._again:
+            return 0.0
+        until = min(self._next_tick, self._accept_at) if may_accept and not self._accepting else self._next_tick
+        return max(0.0, min(until - time.monotonic(), POLL_S if self._parked else TICK_S))
 
     def _tick(self) -> None:
         """Close what is overdue."""
@@ -266,6 +272,8 @@ class Loop:
     # -- reading
 
     def _read(self, client: Client) -> None:
+        if client.behind:
+            return
         try:
             count = client.socket.recv_into(self._buffer)
         except BlockingIOError:
@@ -286,6 +294,7 @@ class Loop:
 
     def _serve(self, client: Client) -> None:
         """Answer the whole requests that are there, and send unless an answer is held."""
+        client.behind = False
         if client.closing or client.waiting or client.unsent:
             return
         connection = client.connection
@@ -302,11 +311,17 @@ class Loop:
                     client.deadline = min(self._now + self._bounds.keepalive, self._idle_until)
                     break
             else:
-                self._again.append(client)
+                self._continue(client)
         except Problem as problem:
             self._refuse(client, problem)
         if not client.holding:
             self._send(client)
+
+    def _continue(self, client: Client) -> None:
+        """Serve the client in the next turn whether more comes from it or not."""
+        client.behind = True
+        client.deadline = self._now + SEND_S
+        self._again.append(client)
 
     def _await_more(self, client: Client) -> None:
         """See what is being read, and until when."""
@@ -463,7 +478,7 @@ class Loop:
             if blocked:
                 self._listen_for(client, 0 if client.eof else _IN)
                 if not client.closing:
-                    self._again.append(client)
+                    self._continue(client)
         if client.closing and not client.waiting:
             self._finish(client)
 

@@ -16,9 +16,9 @@ from engine.problems import MEDIA_TYPE
 from tests.service import POINT, Service, eventually
 
 
-@pytest.fixture(scope="module")
-def service(server: str) -> Iterator[Service]:
-    """One service for the module; tests tell their points apart by satellite id."""
+@pytest.fixture(scope="module", params=["eventloop", "gthread"])
+def service(server: str, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """One service of each worker class for the module; tests tell their points apart by satellite id."""
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute("DROP DATABASE IF EXISTS test_http WITH (FORCE)")
         connection.execute("CREATE DATABASE test_http")
@@ -29,6 +29,7 @@ def service(server: str) -> Iterator[Service]:
             "ORBITSTREAM_MAX_BODY_BYTES": "64KiB",
             "ORBITSTREAM_MAX_POINTS": "300",
             "ORBITSTREAM_NODE": "here",
+            "ORBITSTREAM_WORKER_CLASS": request.param,
         }
         with Service(url, Path(folder)) as running:
             yield running.start(**environment)

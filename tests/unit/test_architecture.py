@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "channels": set(),
     "ring": set(),
     "heartbeat": set(),
-    "gthread": set(),
+    "gthread": {"http_answer", "problems"},
     "failpoints": set(),
     "producer": {"ring"},
     "consumer": {"ring"},
