@@ -32,6 +32,9 @@ QUERIES = (
     "SELECT max(time), min(time) FROM {table} WHERE satellite_id = 'SAT-12'",
     "SELECT DISTINCT ON (satellite_id) satellite_id, time, storage_usage_mb FROM {table}"
     " ORDER BY satellite_id, time DESC",
+    # These two are wrong after COPYs with client_sorted, which must therefore never be on.
+    "SELECT DISTINCT ON (satellite_id) satellite_id, time FROM {table} ORDER BY satellite_id, time",
+    "SELECT satellite_id, time FROM {table} ORDER BY satellite_id, time OFFSET 1000 LIMIT 9",
     "SELECT satellite_id, (SELECT time FROM {table} b WHERE b.satellite_id = a.satellite_id ORDER BY time DESC LIMIT 1)"
     " FROM (SELECT DISTINCT satellite_id FROM {table}) a ORDER BY 1",
     "SELECT time, satellite_id FROM {table} WHERE is_anomaly ORDER BY time DESC, satellite_id LIMIT 7",
