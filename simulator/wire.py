@@ -12,6 +12,7 @@ store a cell, where formatting digit by digit would cost a store a digit.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +42,16 @@ MICRO = _texts([b"%03dZ" % n for n in range(1_000)])
 TIME_CELLS = [("date", np.dtype("S11")), ("clock", CLOCK.dtype), ("milli", MILLI.dtype), ("micro", MICRO.dtype)]
 
 
+@lru_cache
+def _whole_numbers(span: int, signed: bool) -> Text:
+    """Return the numbers below `span` as texts of one width, then, if signed, the same with a minus sign."""
+    numbers = [b"%d" % n for n in range(span)]
+    # `-0` is an entry of its own, needed by values between -1 and 0.
+    numbers += [b"-" + text for text in numbers] if signed else []
+    width = max(map(len, numbers))
+    return _texts([text.rjust(width) for text in numbers])
+
+
 class NumberCells:
     """Print one channel: the integer part with its sign, padded, then the decimals and the character that follows.
 
@@ -51,12 +62,8 @@ class NumberCells:
         self._unit = np.int32(10**channel.decimals)
         self._signed = channel.low < 0
         span = max(abs(channel.low), abs(channel.high)) + 1
-        numbers = [b"%d" % n for n in range(span)]
-        # `-0` is an entry of its own, needed by values between -1 and 0.
-        numbers += [b"-" + text for text in numbers] if self._signed else []
-        width = max(map(len, numbers))
         self._span = np.int32(span)
-        self.whole = _texts([text.rjust(width) for text in numbers])
+        self.whole = _whole_numbers(span, self._signed)
         self.part = _texts([b".%0*d%s" % (channel.decimals, n, follow) for n in range(10**channel.decimals)])
 
     def write(self, rows: Text, index: int, values: Scaled) -> None:
