@@ -22,5 +22,5 @@ def test_capacity_is_measured_beside_the_data_and_stored(service: Service) -> No
     ((knee, report),) = service.query("SELECT knee_points_per_second, report FROM capacity")
     assert knee == result["knee_points_per_second"] and report == result
     assert service.count() == 0, "the load went into the database that serves"
-    assert service.query("SELECT datname FROM pg_database WHERE datname LIKE 'orbitstream_capacity%'") == []
+    assert service.query("SELECT datname FROM pg_database WHERE starts_with(datname, 'orbitstream_capacity')") == []
     assert list(service.lane_dir.glob("lane-*")) == []
