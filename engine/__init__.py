@@ -7,7 +7,8 @@ Data flows one way, and each module is one room on that way:
 
     orbitstream serve (supervisor)        owns the lane directory, starts and restarts the rest
       gunicorn arbiter                    deploy/gunicorn.conf.py
-        worker 0..W-1  (app)              each appends to one lane, as its only producer
+        worker 0..W-1  (http_worker)      one event loop each, which calls the application (app) inline; each
+                                          appends to one lane, as its only producer
       writer 0..N-1    (writer)           each drains lanes, as their only consumer; one database connection
       maintenance      (maintenance)      the chores that need the tables' owner
     PostgreSQL / TimescaleDB              DATABASE_URL, or an embedded server (embedded)

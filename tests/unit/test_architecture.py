@@ -41,7 +41,13 @@ ALLOWED: dict[str, set[str]] = {
     "http_head": {"problems"},
     "http_connection": {"http_head", "problems"},
     "http_answer": {"problems"},
-    "event_loop": {"answers", "http_answer", "http_connection", "http_head", "problems"},
+    "listeners": set(),
+    "http_client": {"http_connection"},
+    "commit_group": {"answers", "http_answer", "http_client"},
+    "event_loop": {
+        "answers", "commit_group", "http_answer", "http_client", "http_connection", "http_head", "listeners",
+        "problems",
+    },
     "http_worker": {"event_loop"},
     "app": {
         "answers", "body", "decode", "guard", "health", "keys", "lanes", "limits", "openapi", "points", "prefer",
