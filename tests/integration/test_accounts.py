@@ -276,6 +276,7 @@ def test_nobody_gets_in_without_a_password(accounts: Accounts, monkeypatch: pyte
             psycopg.connect(make_conninfo(accounts.url("postgresql://"), user=name))
 
 
+@pytest.mark.parametrize("accounts", [] if GIVEN_URL else EDITIONS[:1], indirect=True, scope="module")
 def test_a_password_shows_nowhere(accounts: Accounts, lane_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In DATABASE_URL itself, where it is hardest to hide, at the most talkative level; database up, down, wrong."""
     monkeypatch.delenv("PGSERVICEFILE")
