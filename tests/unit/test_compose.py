@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from psycopg import conninfo
 
-from engine import data_folder, settings, supervisor
+from engine import data_folder, settings, supervisor, tokens
 from engine.__main__ import USAGE
 
 DEPLOY = data_folder("deploy")
@@ -213,8 +213,10 @@ def test_the_command_of_the_readme_makes_every_secret(tmp_path: Path) -> None:
     assert (folder / ".gitignore").read_text() == "*\n"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE((folder / name).stat().st_mode) for name in wanted} == {0o644}, "three users read them"
-    found = re.findall(r"[0-9a-f]{48}", "\n".join((folder / name).read_text() for name in sorted(wanted)))
-    assert len(set(found)) == 5
+    found = re.findall(r"\b[0-9a-f]{48}\b", "\n".join((folder / name).read_text() for name in sorted(wanted)))
+    assert len(set(found)) == 6
+    [token] = tokens.load(folder / "tokens").values()
+    assert (token.name, token.sha256) == ("operator", tokens.digest((folder / "token").read_text()))
     assert re.fullmatch(
         r"\[migrator\]\npassword=[0-9a-f]{48}\n\n\[service\]\npassword=[0-9a-f]{48}\n",
         (folder / "pg_service.conf").read_text(),
@@ -248,7 +250,9 @@ def unit() -> dict[str, list[str]]:
 def test_the_unit_gives_the_same_settings_and_time_as_compose() -> None:
     given = dict(text.split("=", 1) for text in unit()["Environment"])
     assert given.pop("PGSERVICEFILE") == "%d/pg_service.conf"
-    assert unit()["LoadCredential"] == ["pg_service.conf:/etc/orbitstream/pg_service.conf"]
+    assert given.pop("ORBITSTREAM_TOKENS_FILE") == "%d/tokens"
+    names = ("pg_service.conf", "tokens")
+    assert unit()["LoadCredential"] == [f"{name}:/etc/orbitstream/{name}" for name in names]
     compose = environment("orbitstream")
     assert {name: compose[name] for name in given} == given
     config = settings.load(given)
