@@ -10,7 +10,7 @@ from typing import Final, Protocol
 import falcon
 import orjson
 
-from engine import keys, lanes, problems, rows, settings
+from engine import keys, lanes, metrics, problems, rows, settings, stats
 from engine.decode import DecodeError, Decoder
 from engine.health import describe
 from engine.limits import Limits
@@ -184,6 +184,17 @@ class HealthResource:
         response.data = orjson.dumps(report)
 
 
+class MetricsResource:
+    """GET /metrics: the counters of the lanes and the writers, in Prometheus' text format."""
+
+    def __init__(self, config: Settings) -> None:
+        self._folder = config.lane_dir
+
+    def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
+        response.content_type = metrics.CONTENT_TYPE
+        response.data = metrics.render(stats.take(self._folder))
+
+
 class LiveResource:
     """GET /health/live: this process answers."""
 
@@ -219,6 +230,7 @@ def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Res
     app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config))
     app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config))
     app.add_route("/health", HealthResource(config))
+    app.add_route("/metrics", MetricsResource(config))
     app.add_route("/health/live", LiveResource())
     app.add_route("/health/ready", ReadyResource(lane))
     app.add_error_handler(Exception, problems.answer_crash)

@@ -45,6 +45,19 @@ def drop_old(connection: psycopg.Connection[Any], edition: migrate.Edition, rete
             return deleted
 
 
+def thin_stats(connection: psycopg.Connection[Any]) -> None:
+    """Keep of engine_stats every second for a day, then the first of each minute, and nothing after 30 days.
+
+    Its counters are cumulative: rows that go take resolution with them, and nothing else.
+    """
+    connection.execute(
+        "DELETE FROM engine_stats WHERE ctid = ANY(ARRAY(SELECT ctid FROM engine_stats"
+        " WHERE time < now() - interval '30 days' OR (time < now() - interval '1 day' AND NOT first_of_minute)"
+        " ORDER BY time LIMIT %s))",
+        [DELETE_ROWS],
+    )
+
+
 def run(config: Settings, url: str, stopping: threading.Event) -> None:
     """Do the chores each minute while elected; come back after a failure."""
     while not stopping.is_set():
@@ -56,6 +69,7 @@ def run(config: Settings, url: str, stopping: threading.Event) -> None:
                     count = drop_old(connection, edition, config.retention)
                     if count:
                         log.info("dropped %d %s past retention", count, "rows" if edition.name == "plain" else "chunks")
+                    thin_stats(connection)
                     stopping.wait(INTERVAL_S)
                 pause = INTERVAL_S
         except psycopg.Error as error:

@@ -20,6 +20,7 @@ from engine.ring import (
     PAD,
     RECORD_BODY,
     RECORD_HEADER,
+    REFUSED,
     SYNCED,
     TAIL,
     Lane,
@@ -123,6 +124,7 @@ class Producer:
         end = start + length
         if end - words[TAIL] > capacity:
             self._note_drain()
+            words[REFUSED] += points
             raise LaneFullError(f"{lane.path.name} is full: {capacity} bytes wait for the database")
         counters = lane.published
         if start != head and room >= RECORD_HEADER.size:

@@ -32,6 +32,7 @@ from engine.drain import (
 )
 from engine.heartbeat import Heartbeat, State
 from engine.migrate import find_edition
+from engine.recorder import Recorder
 from engine.ring import Lane, LaneError
 from engine.settings import Settings
 from engine.summary import Summary
@@ -115,6 +116,7 @@ class Writer:
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
         self.summary = Summary(log)
+        self.recorder = Recorder(config.lane_dir, config.node) if index == 0 else None
 
     def stop(self, *_: object) -> None:
         """Ask the loop to drain what is there and end (signal handler)."""
@@ -132,7 +134,9 @@ class Writer:
                 self.look_around(now)
             if self.stop_at is not None and (now >= self.stop_at or all(each.empty for each in self.drains.values())):
                 break
-            if not self.pass_over(now):
+            stored = self.pass_over(now)
+            self.record(now)
+            if not stored:
                 time.sleep(POLL_S)
         self.summary.flush()
         self.beat.enter(State.ENDED)
@@ -246,6 +250,14 @@ class Writer:
             finally:
                 lane.close()
 
+    def record(self, now: float) -> None:
+        """Write down what is due beside the points."""
+        if self.recorder is not None and self.connection is not None:
+            try:
+                self.recorder.tick(now, self.connection)
+            except psycopg.Error as error:
+                self.away(error)
+
     # -- flushing
 
     def pass_over(self, now: float) -> bool:
@@ -325,7 +337,7 @@ class Writer:
         bound = mine.lane.bound
         if bound:
             mine.consumer.set_bound(0 if bound * 2 >= MAX_TRANSACTION_POINTS else bound * 2)
-        self.beat.committed(flushed.committed, now, now - flushed.received)
+        self.beat.committed(flushed.committed, now, now - flushed.received, int(seconds * 1e6))
         if flushed.dead_lettered:
             self.beat.dead_lettered(flushed.dead_lettered)
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
