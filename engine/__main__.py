@@ -14,7 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from engine import __version__, demo, health, heartbeat, lanes, logs, migrate, operate, process, settings, supervisor
+from engine import (
+    __version__,
+    demo,
+    health,
+    heartbeat,
+    lanes,
+    limits,
+    logs,
+    migrate,
+    operate,
+    process,
+    settings,
+    supervisor,
+)
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
 from engine.ring import LaneError
@@ -35,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         logs.configure(config.log_level, "orbitstream")
         code: int = options.run(config, options)
         return code
-    except (settings.SettingError, lanes.LaneDirError, EmbeddedError) as error:
+    except (settings.SettingError, limits.LimitsError, lanes.LaneDirError, EmbeddedError) as error:
         print(f"orbitstream: {error}", file=sys.stderr)
         return USAGE
     except (migrate.MigrationError, operate.OperateError) as error:
@@ -124,6 +137,7 @@ def _database(config: Settings) -> Iterator[tuple[Settings, EmbeddedPostgres | N
 def _serve(config: Settings, options: argparse.Namespace) -> int:
     if options.parent is not None:
         process.die_with_parent(options.parent)
+    limits.of_settings(config)  # what a writer could not read shall stop the start
     lanes.prepare(config.lane_dir, config.durability)
     lanes.check_room(config.lane_dir, config.workers, config.lane_bytes)
     with _sole_supervisor(config), supervisor.listen(config) as listener:
@@ -140,6 +154,7 @@ def _serve(config: Settings, options: argparse.Namespace) -> int:
 
 
 def _write(config: Settings, options: argparse.Namespace) -> int:
+    limits.of_settings(config)  # what a writer could not read shall stop the start
     lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, server):
         log.info("draining %s with %d writers", config.lane_dir, config.writer_count)
@@ -249,6 +264,7 @@ def _print_status(report: dict[str, Any], config: Settings) -> None:
 
 
 def _drain(config: Settings, options: argparse.Namespace) -> int:
+    limits.of_settings(config)  # what a writer could not read shall stop the start
     lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, _):
         url = config.database_url

@@ -13,7 +13,6 @@ import orjson
 from engine import keys, lanes, metrics, problems, rows, settings, stats
 from engine.decode import DecodeError, Decoder
 from engine.health import describe
-from engine.limits import Limits
 from engine.problems import Problem
 from engine.producer import Producer
 from engine.ring import LaneClosedError, LaneFailedError, LaneFullError, RecordTooLargeError
@@ -125,8 +124,8 @@ class Lane:
 class TelemetryResource:
     """POST /telemetry: one point, a JSON object."""
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings) -> None:
-        self._lane, self._decoder, self._limits = lane, decoder, limits
+    def __init__(self, lane: Lane, decoder: Decoder, config: Settings) -> None:
+        self._lane, self._decoder = lane, decoder
         self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
@@ -138,7 +137,7 @@ class TelemetryResource:
             point = self._decoder.point(body, received)
         except DecodeError as error:
             raise Problem.of(error) from error
-        payload = rows.pack_point(point.time_us, point.satellite_id, point.values, self._limits.flag(point.values))
+        payload = rows.pack_point(point.time_us, point.satellite_id, point.values, is_anomaly=False)
         self._lane.publish(payload, 1, received, key)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
@@ -148,8 +147,8 @@ class TelemetryResource:
 class BatchResource:
     """POST /telemetry/batch: many points, a JSON array or one JSON object a line."""
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings) -> None:
-        self._lane, self._limits = lane, limits
+    def __init__(self, lane: Lane, decoder: Decoder, config: Settings) -> None:
+        self._lane = lane
         self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
         self._decoders: dict[str, Callable[[bytes, int], Columns]] = {
             JSON: decoder.json_batch,
@@ -165,7 +164,6 @@ class BatchResource:
             columns = decode(body, received)
         except DecodeError as error:
             raise Problem.of(error) from error
-        columns.is_anomaly = self._limits.flags(columns)
         self._lane.publish(rows.pack(columns), len(columns), received, key)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
@@ -221,14 +219,9 @@ def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Res
         oldest_us=int(config.retention * 1e6),
         ignore_unknown=config.unknown_fields == "ignore",
     )
-    limits = Limits(
-        battery_below=config.anomaly_battery,
-        storage_above=config.anomaly_storage,
-        signal_below=config.anomaly_signal,
-    )
     app = falcon.App(media_type=JSON)
-    app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config))
-    app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config))
+    app.add_route("/telemetry", TelemetryResource(lane, decoder, config))
+    app.add_route("/telemetry/batch", BatchResource(lane, decoder, config))
     app.add_route("/health", HealthResource(config))
     app.add_route("/metrics", MetricsResource(config))
     app.add_route("/health/live", LiveResource())

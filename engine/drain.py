@@ -174,10 +174,13 @@ def drain(
     source: Source,
     max_points: int,
     beat: Callable[[], None],
+    mark: Callable[[Columns], None],
     *,
     careful: bool = False,
 ) -> Flush | None:
     """Settle the lane's next records, up to `max_points`, and free them; None if there were none.
+
+    `mark` sets is_anomaly of what is about to be stored, perhaps more than once.
 
     `connection` is in autocommit and outside a transaction. Raises PointRefusedError (nothing stored: come back with
     `careful`, which sets refused points aside), LaneStoppedError (nothing stored), or whatever else psycopg raises:
@@ -204,7 +207,7 @@ def drain(
         cursor.execute("ROLLBACK")
         return None
     end = records[-1].end
-    flush = _Transaction(cursor, lane, beat).settle(records, careful=careful)
+    flush = _Transaction(cursor, lane, beat, mark).settle(records, careful=careful)
     after = Progress(
         end,
         progress.committed + flush.committed,
@@ -232,8 +235,10 @@ def drain(
 class _Transaction:
     """What happens between reading records and moving the ledger: keys, COPY, dead letters."""
 
-    def __init__(self, cursor: psycopg.Cursor[Any], lane: Lane, beat: Callable[[], None]) -> None:
-        self.cursor, self.lane, self.beat = cursor, lane, beat
+    def __init__(
+        self, cursor: psycopg.Cursor[Any], lane: Lane, beat: Callable[[], None], mark: Callable[[Columns], None]
+    ) -> None:
+        self.cursor, self.lane, self.beat, self.mark = cursor, lane, beat, mark
         self.dead_lettered = 0
 
     def settle(self, records: Sequence[SourceRecord], *, careful: bool) -> Flush:
@@ -268,6 +273,7 @@ class _Transaction:
 
     def _copy(self, columns: Columns, received: Times) -> None:
         self.beat()
+        self.mark(columns)
         statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(
             sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
         )

@@ -13,15 +13,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import psycopg
 
 from engine import stats
+from engine.episodes import Episode
 from engine.heartbeat import FLUSH_EDGES, LATENCY_EDGES, Bins, quantiles_ms
+from engine.limits import SEVERITIES
 from engine.stats import LaneSample, Sample, WriterSample
 
 INTERVAL_S: Final = 1.0
+REFRESH_S: Final = 10.0
+"""So often the peak of an episode that lasts is written again."""
 REST_S: Final = 60.0
 """After a refusal (a table that is not there, a right that is missing) the next attempt is so much later."""
+MAX_EPISODES: Final = 10_000
+"""Episodes kept while the database is away; then the oldest go."""
 
 Row = dict[str, Any]
 
@@ -32,36 +39,140 @@ _STORE_STATS: Final = (
     " jsonb_populate_recordset(NULL::engine_stats, %s::jsonb) AS entry"
 )
 
+# Episodes under way: the open row of a satellite's channel is widened if another writer has made it.
+_OPEN: Final = """
+    INSERT INTO anomaly_event (satellite_id, channel, severity, kind, limit_value, onset, peak, peak_at, points)
+    SELECT satellite_id, channel, severity, kind, limit_value, onset, peak, peak_at, points
+    FROM jsonb_populate_recordset(NULL::anomaly_event, %s::jsonb)
+    ON CONFLICT (satellite_id, channel) WHERE cleared_at IS NULL DO UPDATE SET
+        severity = CASE WHEN excluded.severity = 'critical' THEN 'critical' ELSE anomaly_event.severity END,
+        peak = excluded.peak, peak_at = excluded.peak_at, points = excluded.points"""
+# Those that are over: their open row is closed, or they make a row of their own if there is none.
+_CLOSE: Final = """
+    WITH over AS (
+        SELECT satellite_id, channel, severity, kind, limit_value, onset, cleared_at, peak, peak_at, points
+        FROM jsonb_populate_recordset(NULL::anomaly_event, %s::jsonb)
+    ), closed AS (
+        UPDATE anomaly_event AS kept
+        SET cleared_at = over.cleared_at, severity = over.severity, peak = over.peak, peak_at = over.peak_at,
+            points = over.points
+        FROM over
+        WHERE kept.satellite_id = over.satellite_id AND kept.channel = over.channel AND kept.cleared_at IS NULL
+            AND kept.onset <= over.cleared_at
+        RETURNING kept.satellite_id, kept.channel, over.onset
+    )
+    INSERT INTO anomaly_event (satellite_id, channel, severity, kind, limit_value, onset, cleared_at, peak, peak_at,
+        points)
+    SELECT satellite_id, channel, severity, kind, limit_value, onset, cleared_at, peak, peak_at, points
+    FROM over
+    WHERE NOT EXISTS (
+        SELECT FROM closed
+        WHERE closed.satellite_id = over.satellite_id AND closed.channel = over.channel AND closed.onset = over.onset
+    )"""
+
 log = logging.getLogger("orbitstream.writer")
 
 
 class Recorder:
-    """Writes the stats of this node, once a second, over whatever connection it is given."""
+    """Writes episodes, and with `stats` the stats of this node, over whatever connection it is given."""
 
-    def __init__(self, folder: Path, node: str) -> None:
-        self._folder, self._node = folder, node
+    def __init__(self, folder: Path, node: str, *, stats: bool) -> None:
+        self._folder, self._node, self._stats = folder, node, stats
         self._next = 0.0
         self._minute = -1
         self._before: Sample | None = None
+        self._next_refresh = 0.0
+        self._episodes: dict[tuple[bytes, str, int], Episode] = {}
+        self._lasting: dict[tuple[bytes, str], Episode] = {}
+
+    def add(self, changed: list[Episode]) -> None:
+        """Take note of episodes that began, became worse or ended."""
+        for episode in changed:
+            self._episodes[episode.satellite, episode.channel, episode.onset] = episode
+            if episode.cleared:
+                self._lasting.pop((episode.satellite, episode.channel), None)
+            else:
+                self._lasting[episode.satellite, episode.channel] = episode
+        while len(self._episodes) > MAX_EPISODES:
+            del self._episodes[next(iter(self._episodes))]
 
     def tick(self, now: float, connection: psycopg.Connection[Any]) -> None:
-        """Store what is due. Raises psycopg.OperationalError when the connection is gone."""
+        """Store what is due; raises psycopg.Error when the connection cannot be used any more."""
         if now < self._next:
             return
         self._next = now + INTERVAL_S
-        sample = stats.take(self._folder)
-        moment = datetime.now(UTC)
-        minute = int(moment.timestamp() // 60)
-        found = list(rows(sample, self._before))
-        shared = {"time": moment.isoformat(), "node": self._node, "first_of_minute": minute != self._minute}
-        self._before, self._minute = sample, minute
+        if now >= self._next_refresh:
+            self._next_refresh = now + REFRESH_S
+            self.add(list(self._lasting.values()))
         try:
-            connection.execute(_STORE_STATS, [json.dumps([shared | row for row in found])])
+            if self._stats:
+                self._store_stats(connection)
+            self._store_episodes(connection)
         except psycopg.Error as error:
             if connection.closed or error.sqlstate is None:
                 raise
             self._next = now + REST_S
-            log.warning("no stats for %.0f s: %s", REST_S, " ".join(str(error).split())[:300])
+            log.warning("no stats and episodes for %.0f s: %s", REST_S, " ".join(str(error).split())[:300])
+
+    def lasting(self, connection: psycopg.Connection[Any]) -> list[Episode]:
+        """Return the episodes that the database knows as not over; none when it cannot tell."""
+        try:
+            found = connection.execute(
+                "SELECT satellite_id, channel, kind, severity, (extract(epoch FROM onset) * 1000000)::bigint, peak,"
+                " (extract(epoch FROM peak_at) * 1000000)::bigint, limit_value, points"
+                " FROM anomaly_event WHERE cleared_at IS NULL LIMIT %s",
+                [MAX_EPISODES],
+            ).fetchall()
+        except psycopg.Error as error:
+            log.warning("episodes of an earlier writer are not known: %s", " ".join(str(error).split())[:300])
+            return []
+        return [
+            Episode(satellite.encode(), channel, kind, SEVERITIES.index(severity), *rest)
+            for satellite, channel, kind, severity, *rest in found
+        ]
+
+    def _store_stats(self, connection: psycopg.Connection[Any]) -> None:
+        sample = stats.take(self._folder)
+        moment = datetime.now(UTC)
+        minute = int(moment.timestamp() // 60)
+        shared = {"time": moment.isoformat(), "node": self._node, "first_of_minute": minute != self._minute}
+        found = [shared | row for row in rows(sample, self._before)]
+        self._before, self._minute = sample, minute
+        connection.execute(_STORE_STATS, [json.dumps(found)])
+
+    def _store_episodes(self, connection: psycopg.Connection[Any]) -> None:
+        if not self._episodes:
+            return
+        over = [_as_row(episode) for episode in self._episodes.values() if episode.cleared]
+        under_way = {
+            (episode.satellite, episode.channel): _as_row(episode)
+            for episode in self._episodes.values()
+            if not episode.cleared
+        }
+        if over:
+            connection.execute(_CLOSE, [json.dumps(over)])
+        if under_way:
+            connection.execute(_OPEN, [json.dumps(list(under_way.values()))])
+        self._episodes.clear()
+
+
+def _as_row(episode: Episode) -> Row:
+    return {
+        "satellite_id": episode.satellite.decode(),
+        "channel": episode.channel,
+        "severity": SEVERITIES[episode.severity],
+        "kind": episode.kind,
+        "limit_value": episode.limit,
+        "onset": _rfc3339(episode.onset),
+        "cleared_at": _rfc3339(episode.cleared) if episode.cleared else None,
+        "peak": episode.peak,
+        "peak_at": _rfc3339(episode.peak_at),
+        "points": episode.points,
+    }
+
+
+def _rfc3339(time_us: int) -> str:
+    return f"{np.datetime64(time_us, 'us')}Z"
 
 
 def rows(sample: Sample, before: Sample | None) -> Iterator[Row]:

@@ -88,7 +88,7 @@ def _switch(text: str) -> bool:
     raise ValueError("must be 1 or 0")
 
 
-def _folder(text: str) -> Path:
+def _path(text: str) -> Path:
     if not text.strip():
         raise ValueError("must not be empty")
     return Path(text).expanduser().absolute()
@@ -166,7 +166,7 @@ class Settings:
     worker_class: str = _setting("ORBITSTREAM_WORKER_CLASS", "gthread", _one_of("gthread"), "gunicorn worker class")
     writers: int = _setting("ORBITSTREAM_WRITERS", 1, _whole(1, 64), "writer processes")
     lane_dir: Path = _setting(
-        "ORBITSTREAM_LANE_DIR", _default_lane_dir, _folder, "folder of the lanes", "/dev/shm/orbitstream[-UID]"
+        "ORBITSTREAM_LANE_DIR", _default_lane_dir, _path, "folder of the lanes", "/dev/shm/orbitstream[-UID]"
     )
     durability: str = _setting(
         "ORBITSTREAM_DURABILITY",
@@ -204,6 +204,14 @@ class Settings:
     anomaly_signal: float = _setting(
         "ANOMALY_THRESHOLD_SIGNAL", -100.0, _real, "a signal strength below this, in dBm, is an anomaly"
     )
+    limits_file: Path | None = _setting(
+        "ORBITSTREAM_LIMITS_FILE",
+        None,
+        _path,
+        "TOML file of limits by channel and satellite, over the three thresholds: warning and critical, hysteresis, "
+        "violations in a row, rate of change",
+        "none",
+    )
     drain_timeout: float = _setting(
         "ORBITSTREAM_DRAIN_TIMEOUT", 30.0, _duration(0, 86400), "how long a stop may take to empty the lanes", "30s"
     )
@@ -214,7 +222,7 @@ class Settings:
         "ORBITSTREAM_RETENTION", 30 * 86400.0, _duration(3600, 36500 * 86400), "age at which points are dropped", "30d"
     )
     home: Path = _setting(
-        "ORBITSTREAM_HOME", _default_home, _folder, "folder of the embedded PostgreSQL",
+        "ORBITSTREAM_HOME", _default_home, _path, "folder of the embedded PostgreSQL",
         "the user's data folder; /var/lib/orbitstream for root",
     )  # fmt: skip
     node: str = _setting(

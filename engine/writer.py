@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Final
 
 import psycopg
 
-from engine import heartbeat, lanes, logs, process, rows, settings
+from engine import heartbeat, lanes, limits, logs, process, rows, settings
 from engine.connection import Connection, one_line, pause_after
 from engine.consumer import Consumer, SealedConsumer
 from engine.drain import (
@@ -30,6 +31,7 @@ from engine.drain import (
     drain,
     end_blocking_backend,
 )
+from engine.episodes import Monitor
 from engine.heartbeat import Heartbeat, State
 from engine.migrate import find_edition
 from engine.recorder import Recorder
@@ -116,7 +118,8 @@ class Writer:
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
         self.summary = Summary(log)
-        self.recorder = Recorder(config.lane_dir, config.node) if index == 0 else None
+        self.monitor = Monitor(limits.of_settings(config))
+        self.recorder = Recorder(config.lane_dir, config.node, stats=index == 0)
 
     def stop(self, *_: object) -> None:
         """Ask the loop to drain what is there and end (signal handler)."""
@@ -138,6 +141,7 @@ class Writer:
             self.record(now)
             if not stored:
                 time.sleep(POLL_S)
+        self.record(math.inf)
         self.summary.flush()
         self.beat.enter(State.ENDED)
         self.disconnect()
@@ -209,6 +213,8 @@ class Writer:
         self.beat.enter(State.CONNECTED)
         log.info("connected to %s", edition)
         self.compare_archive(self.connection)
+        for episode in self.recorder.lasting(self.connection):
+            self.monitor.resume(episode)
         return True
 
     def disconnect(self) -> None:
@@ -252,7 +258,7 @@ class Writer:
 
     def record(self, now: float) -> None:
         """Write down what is due beside the points."""
-        if self.recorder is not None and self.connection is not None:
+        if self.connection is not None:
             try:
                 self.recorder.tick(now, self.connection)
             except psycopg.Error as error:
@@ -320,11 +326,11 @@ class Writer:
             connection.be_patient(mine.failures - PATIENT_AFTER + 1)
         begun = time.monotonic()
         try:
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat)
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark)
         except PointRefusedError as error:
             log.warning("%s: looking for the point that is refused: %s", mine.path.name, one_line(error))
             connection.execute("ROLLBACK")
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat, careful=True)
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, careful=True)
         if flushed is not None:
             self.note(mine, flushed, time.monotonic() - begun)
         return flushed
@@ -342,6 +348,10 @@ class Writer:
             self.beat.dead_lettered(flushed.dead_lettered)
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
         self.summary.add(flushed)
+        if flushed.columns is not None:
+            changed = self.monitor.advance(flushed.columns)
+            self.summary.tell(changed)
+            self.recorder.add(changed)
         log.debug("flush lane=%s points=%d ms=%.1f", mine.path.name, flushed.committed, seconds * 1000)
 
     def failed(self, mine: Drain, error: psycopg.Error) -> None:

@@ -93,7 +93,7 @@ def test_stats_that_the_database_refuses_do_not_hold_up_points(service: Service)
     service.start()
     with psycopg.connect(service.database, autocommit=True) as connection:
         connection.execute("ALTER TABLE engine_stats RENAME TO engine_stats_gone")
-    eventually(lambda: "no stats for 60 s" in service.output())
+    eventually(lambda: "no stats and episodes for 60 s" in service.output())
     assert service.post("/telemetry/batch", [POINT] * 10)[0] == 202
     eventually(lambda: service.count() == 10)
     assert service.stop() == 0
