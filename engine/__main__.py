@@ -224,7 +224,7 @@ def _check_schema(url: str) -> int:
     with migrate.connect(url, "orbitstream-migrate") as connection:
         edition = migrate.find_edition(connection)
         left = migrate.pending(connection, edition)
-    print(edition)
+    print(edition, *edition.offers, sep="\n")
     for migration in left:
         print(f"pending {migration.version:04d} {migration.name}")
     print("the schema is up to date" if not left else f"{len(left)} migrations are pending: run `orbitstream migrate`")
@@ -254,7 +254,8 @@ def _status(config: Settings, options: argparse.Namespace) -> int:
 def _print_status(report: dict[str, Any], config: Settings) -> None:
     queue, writers = report["queue"], report["writers"]
     print(f"{report['status']}: database {report['database']} ({report['edition']}), lanes in {config.lane_dir}")
-    print(f"writers  {writers['alive']} of {writers['expected']} alive, {report['committed_points']} points committed")
+    committed = f"{report['committed_points']} points committed, {report['compressed_points']} of them compressed"
+    print(f"writers  {writers['alive']} of {writers['expected']} alive, {committed}")
     print(f"queue    {queue['points']} points, the oldest {queue['oldest_s']} s old; {report['stopped_lanes']} stopped")
     for lane in report["lanes"]:
         numbers = (

@@ -20,6 +20,7 @@ import psycopg
 from psycopg import sql
 
 from engine import copy_format, dead_letters, rows, settlement
+from engine.columnstore import Columnstore
 from engine.dead_letters import Cause
 from engine.failpoints import ARMED, hit
 from engine.rows import Columns, Times
@@ -112,6 +113,8 @@ class Flush:
     received: Times
     deduplicated: int = 0
     dead_lettered: int = 0
+    compressed: bool = False
+    """Whether the rows went straight into the columnstore."""
 
     @property
     def committed(self) -> int:
@@ -175,16 +178,16 @@ def drain(
     max_points: int,
     beat: Callable[[], None],
     mark: Callable[[Columns], None],
+    columnstore: Columnstore,
     *,
     careful: bool = False,
 ) -> Flush | None:
     """Settle the lane's next records, up to `max_points`, and free them; None if there were none.
 
-    `mark` sets is_anomaly of what is about to be stored, perhaps more than once.
-
-    `connection` is in autocommit and outside a transaction. Raises PointRefusedError (nothing stored: come back with
-    `careful`, which sets refused points aside), LaneStoppedError (nothing stored), or whatever else psycopg raises:
-    then close the connection and begin again, the ledger knows what became of the attempt.
+    `mark` sets is_anomaly of what is about to be stored, perhaps more than once. `columnstore` says what is known of this connection's way into compressed chunks. `connection` is in autocommit and
+    outside a transaction. Raises PointRefusedError (nothing stored: come back with `careful`, which sets refused points
+    aside), LaneStoppedError (nothing stored), or whatever else psycopg raises: then close the connection and begin
+    again, the ledger knows what became of the attempt.
     """
     lane = source.lane
     cursor = connection.cursor()
@@ -207,7 +210,7 @@ def drain(
         cursor.execute("ROLLBACK")
         return None
     end = records[-1].end
-    flush = _Transaction(cursor, lane, beat, mark).settle(records, careful=careful)
+    flush = _Transaction(cursor, lane, beat, mark, columnstore).settle(records, careful=careful)
     after = Progress(
         end,
         progress.committed + flush.committed,
@@ -236,9 +239,14 @@ class _Transaction:
     """What happens between reading records and moving the ledger: keys, COPY, dead letters."""
 
     def __init__(
-        self, cursor: psycopg.Cursor[Any], lane: Lane, beat: Callable[[], None], mark: Callable[[Columns], None]
+        self,
+        cursor: psycopg.Cursor[Any],
+        lane: Lane,
+        beat: Callable[[], None],
+        mark: Callable[[Columns], None],
+        columnstore: Columnstore,
     ) -> None:
-        self.cursor, self.lane, self.beat, self.mark = cursor, lane, beat, mark
+        self.cursor, self.lane, self.beat, self.mark, self.columnstore = cursor, lane, beat, mark, columnstore
         self.dead_lettered = 0
 
     def settle(self, records: Sequence[SourceRecord], *, careful: bool) -> Flush:
@@ -256,20 +264,25 @@ class _Transaction:
             record.payload.release()
         received: Times = np.concatenate([times for _, times in parts]) if parts else np.empty(0, np.int64)
         columns = rows.concatenate([part for part, _ in parts]) if parts else None
+        compressed = False
         if columns is not None and not careful:
             order = copy_format.order(columns)
             columns, received = copy_format.take(columns, order), received[order]
-            self._copy_or_refuse(columns, received)
-        return Flush(columns, received, deduplicated, self.dead_lettered)
+            compressed = self._copy_or_refuse(columns, received)
+        return Flush(columns, received, deduplicated, self.dead_lettered, compressed)
 
     def _columns(self, records: Sequence[SourceRecord]) -> tuple[Columns, Times]:
         return rows.unpack(self.lane.layout, [(record.points, record.time_us, record.payload) for record in records])
 
-    def _copy_or_refuse(self, columns: Columns, received: Times) -> None:
+    def _copy_or_refuse(self, columns: Columns, received: Times) -> bool:
+        """COPY sorted rows, where it pays straight into the columnstore; tell whether they went there."""
+        asked = self.columnstore.begin(self.cursor, len(columns))
         try:
             self._copy(columns, received)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             raise PointRefusedError(str(error)) from error
+        self.columnstore.end(self.cursor, len(columns))
+        return asked and self.columnstore.works
 
     def _copy(self, columns: Columns, received: Times) -> None:
         self.beat()

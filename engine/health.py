@@ -41,6 +41,7 @@ def describe(config: Settings) -> dict[str, Any]:
         },
         "stopped_lanes": stopped,
         "committed_points": sum(beat.committed_points for beat in beats),
+        "compressed_points": sum(beat.compressed_points for beat in beats),
         "dead_lettered_points": sum(beat.dead_lettered_points for beat in beats),
     }
     for beat in beats:

@@ -6,7 +6,8 @@
        1  beat (ns)            5  flushes               9  server edition (see EDITIONS)
        2  state                6  failures
        3  in state since (ns)  7  stopped lanes       10  dead-lettered points
-      11  us spent in flushes                         12  us from arrival to commit, over all points
+      11  points that went straight to the columnstore
+      12  us spent in flushes                         13  us from arrival to commit, over all points
       64  latency histogram: points by the time from arrival to commit, LATENCY_BINS words
      320  latency histogram: flushes by their duration, FLUSH_BINS words
 
@@ -34,9 +35,8 @@ LATENCY_BINS: Final = 256
 FLUSH_BINS: Final = 128
 EDITIONS: Final = ("unknown", "plain", "apache", "timescale")
 
-_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD, _BUSY, _WAITED = range(
-    13
-)
+_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD = range(11)
+_COMPRESSED, _BUSY, _WAITED = 11, 12, 13
 _LATENCY: Final = 64
 _FLUSH: Final = 320
 Bins = NDArray[np.uint64]
@@ -104,6 +104,9 @@ class Heartbeat:
     def dead_lettered(self, points: int) -> None:
         self._words[_DEAD] += points
 
+    def compressed(self, points: int) -> None:
+        self._words[_COMPRESSED] += points
+
     def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64], flush_us: int) -> None:
         """Count one commit of `flush_us`; `latencies_us` holds for each point the time from arrival to commit."""
         words = self._words
@@ -156,6 +159,10 @@ class Heartbeat:
     @property
     def dead_lettered_points(self) -> int:
         return self._words[_DEAD]
+
+    @property
+    def compressed_points(self) -> int:
+        return self._words[_COMPRESSED]
 
     @property
     def edition(self) -> str:

@@ -12,14 +12,31 @@ from typing import Any, Final
 
 import psycopg
 
-from engine import data_folder
+from engine import data_folder, policies
 from engine.settings import Settings
 
 ADVISORY_LOCK: Final = 0x6F726269745F6D67  # "orbit_mg": held for the whole of a migration
 LOCK_TIMEOUT_S: Final = 60
 
 _FILE = re.compile(r"(\d{4})_(\w+)\.sql")
-_HEADER = re.compile(r"-- edition: (any|plain|timescaledb|timescale)\n")
+_NAME = "(?:any|plain|apache|timescaledb|timescale)"
+_HEADER = re.compile(rf"-- edition: ({_NAME}(?:, {_NAME})*)\n")
+
+_OFFERS: Final = {
+    "plain": (
+        "a table with indexes, the aggregates as views; retention by the service",
+        "chunks, columnstore, continuous aggregates: install TimescaleDB, create the extension in a new database",
+    ),
+    "apache": (
+        "a hypertable with indexes, the aggregates as views; retention by the service",
+        "columnstore, continuous aggregates: install TimescaleDB under the timescale license (its own packages or "
+        "images), then migrate again",
+    ),
+    "timescale": (
+        "a hypertable in the columnstore, continuous aggregates, policies for refresh, compression and retention",
+        "",
+    ),
+}
 
 
 class MigrationError(Exception):
@@ -35,8 +52,15 @@ class Edition:
     timescaledb: str | None
 
     def fits(self, wanted: str) -> bool:
-        """Tell whether a migration file for `wanted` is meant for this server."""
-        return wanted in ("any", self.name) or (wanted == "timescaledb" and self.timescaledb is not None)
+        """Tell whether a migration file for `wanted`, names joined by commas, is meant for this server."""
+        mine = {"any", self.name} | ({"timescaledb"} if self.timescaledb is not None else set())
+        return not mine.isdisjoint(wanted.split(", "))
+
+    @property
+    def offers(self) -> list[str]:
+        """What is used of this server, and what it lacks and how to get that; one line each."""
+        has, lacks = _OFFERS[self.name]
+        return [f"enables: {has}", *([f"lacks: {lacks}"] if lacks else [])]
 
     def __str__(self) -> str:
         if self.timescaledb is None:
@@ -87,9 +111,14 @@ def find_edition(connection: psycopg.Connection[Any]) -> Edition:
 
 
 def connect(url: str, application: str) -> psycopg.Connection[Any]:
-    """Open a connection for schema work, in autocommit."""
+    """Open a connection for schema work and chores, in autocommit; it prepares nothing, so that any pooler will do."""
     return psycopg.connect(
-        url, autocommit=True, connect_timeout=5, application_name=application, client_encoding="utf8"
+        url,
+        autocommit=True,
+        connect_timeout=5,
+        application_name=application,
+        client_encoding="utf8",
+        prepare_threshold=None,
     )
 
 
@@ -140,7 +169,8 @@ def _migrate(settings: Settings, url: str, say: Callable[[str], None]) -> Editio
             raise MigrationError(f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'")
         _enable_timescaledb(connection, say)
         edition = find_edition(connection)
-        say(str(edition))
+        for line in (str(edition), *edition.offers):
+            say(line)
         connection.execute(
             "CREATE TABLE IF NOT EXISTS orbitstream_migration (version integer PRIMARY KEY, name text NOT NULL,"
             " checksum text NOT NULL, edition text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
@@ -151,6 +181,8 @@ def _migrate(settings: Settings, url: str, say: Callable[[str], None]) -> Editio
         for migration in pending(connection, edition):
             _apply(connection, migration, edition)
             say(f"applied {migration.version:04d} {migration.name}")
+        if edition.timescaledb is not None:
+            policies.settle(connection, settings, edition.name)
         return edition
 
 

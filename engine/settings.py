@@ -218,6 +218,10 @@ class Settings:
     chunk_interval: float = _setting(
         "ORBITSTREAM_CHUNK_INTERVAL", 3600.0, _duration(60, 365 * 86400), "time span of one hypertable chunk", "1h"
     )
+    compress_after: float = _setting(
+        "ORBITSTREAM_COMPRESS_AFTER", 86400.0, _duration(60, 36500 * 86400),
+        "age at which a chunk goes to the columnstore, or is rewritten there as a whole", "1d",
+    )  # fmt: skip
     retention: float = _setting(
         "ORBITSTREAM_RETENTION", 30 * 86400.0, _duration(3600, 36500 * 86400), "age at which points are dropped", "30d"
     )

@@ -19,6 +19,7 @@ from typing import Final
 import psycopg
 
 from engine import heartbeat, lanes, limits, logs, process, rows, settings
+from engine.columnstore import MIN_POINTS, Columnstore
 from engine.connection import Connection, one_line, pause_after
 from engine.consumer import Consumer, SealedConsumer
 from engine.drain import (
@@ -51,6 +52,12 @@ PATIENT_AFTER: Final = 4
 POLL_S: Final = 0.004
 """Between two looks at idle lanes: adds half of itself to the latency; 250 looks a second cost 0.5 % of a core."""
 
+GATHER_S: Final = 0.06
+"""How long points may wait for a batch that goes to the columnstore, if at their rate it is there by then. Without it
+a rate of some 200,000 points/s alternates between the two stores, and leaves chunks to be rewritten."""
+GATHER_LOOK_S: Final = 0.01
+"""How long to look at the rate before believing it."""
+
 # SQLSTATE classes that say "the statement itself cannot succeed": repeating it at once would not help. 22 and 23 are
 # here for what is no row of a COPY, as a constraint that is checked at COMMIT.
 _HOPELESS: Final = ("22", "23", "42", "XX", "0A")
@@ -82,8 +89,11 @@ class Drain:
     def empty(self) -> bool:
         return not self.sealed and self.lane.head <= self.lane.tail
 
-    def due(self, now: float, batch_size: int, batch_timeout: float) -> bool:
-        """Tell whether a flush is worth its while, or a point has waited long enough."""
+    def due(self, now: float, batch_size: int, batch_timeout: float, compressing: bool) -> bool:
+        """Tell whether a flush is worth its while, or a point has waited long enough.
+
+        With `compressing`, points that come so fast that a batch for the columnstore will soon be there wait for it.
+        """
         if now < self.not_before:
             return False
         if not self.attached:
@@ -93,7 +103,10 @@ class Drain:
             return False
         if self.waiting_since is None:
             self.waiting_since = now
-        return self.lane.queued_points >= batch_size or now - self.waiting_since >= batch_timeout
+        queued, waited = self.lane.queued_points, now - self.waiting_since
+        if compressing and batch_size <= queued < MIN_POINTS and waited < GATHER_S:
+            return waited >= GATHER_LOOK_S and queued * GATHER_S < MIN_POINTS * waited
+        return queued >= batch_size or waited >= batch_timeout
 
     def retirable(self, layout: bytes) -> bool:
         """Tell whether nobody will append to it again and nothing waits in it."""
@@ -114,6 +127,7 @@ class Writer:
         self.resting: dict[Path, float] = {}  # stopped lanes, and when to look at them again
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
+        self.columnstore: Columnstore | None = None
         self.failures = 0
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
@@ -206,6 +220,7 @@ class Writer:
         try:
             self.connection = Connection.open(self.url, f"orbitstream-writer-{self.index}", self.beat.beat)
             edition = find_edition(self.connection)
+            self.columnstore = Columnstore(self.connection)
         except psycopg.Error as error:
             self.away(error)
             return False
@@ -268,8 +283,10 @@ class Writer:
 
     def pass_over(self, now: float) -> bool:
         """Flush every lane that is due; tell whether anything was stored."""
-        patience = 0.0 if self.stop_at is not None else self.config.batch_timeout
-        due = [each for each in self.drains.values() if each.due(now, self.config.batch_size, patience)]
+        stopping = self.stop_at is not None
+        patience = 0.0 if stopping else self.config.batch_timeout
+        compressing = not stopping and self.columnstore is not None and self.columnstore.works
+        due = [each for each in self.drains.values() if each.due(now, self.config.batch_size, patience, compressing)]
         if not due and self.connection is not None:
             self.probe(self.connection, now)
             return False
@@ -322,15 +339,18 @@ class Writer:
 
     def attempt(self, connection: Connection, mine: Drain) -> Flush | None:
         consumer = mine.consumer
+        assert self.columnstore is not None
         if mine.failures >= PATIENT_AFTER:
             connection.be_patient(mine.failures - PATIENT_AFTER + 1)
         begun = time.monotonic()
         try:
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark)
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, self.columnstore)
         except PointRefusedError as error:
             log.warning("%s: looking for the point that is refused: %s", mine.path.name, one_line(error))
             connection.execute("ROLLBACK")
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, careful=True)
+            flushed = drain(
+                connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, self.columnstore, careful=True
+            )
         if flushed is not None:
             self.note(mine, flushed, time.monotonic() - begun)
         return flushed
@@ -344,6 +364,8 @@ class Writer:
         if bound:
             mine.consumer.set_bound(0 if bound * 2 >= MAX_TRANSACTION_POINTS else bound * 2)
         self.beat.committed(flushed.committed, now, now - flushed.received, int(seconds * 1e6))
+        if flushed.compressed:
+            self.beat.compressed(flushed.committed)
         if flushed.dead_lettered:
             self.beat.dead_lettered(flushed.dead_lettered)
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
