@@ -184,10 +184,11 @@ def drain(
 ) -> Flush | None:
     """Settle the lane's next records, up to `max_points`, and free them; None if there were none.
 
-    `mark` sets is_anomaly of what is about to be stored, perhaps more than once. `columnstore` says what is known of this connection's way into compressed chunks. `connection` is in autocommit and
-    outside a transaction. Raises PointRefusedError (nothing stored: come back with `careful`, which sets refused points
-    aside), LaneStoppedError (nothing stored), or whatever else psycopg raises: then close the connection and begin
-    again, the ledger knows what became of the attempt.
+    `mark` sets is_anomaly of what is about to be stored, perhaps more than once. `columnstore` says what is known of
+    this connection's way into compressed chunks. `connection` is in autocommit and outside a transaction. Raises
+    PointRefusedError (nothing stored: come back with `careful`, which sets refused points aside), LaneStoppedError
+    (nothing stored), or whatever else psycopg raises: then close the connection and begin again, the ledger knows what
+    became of the attempt.
     """
     lane = source.lane
     cursor = connection.cursor()

@@ -8,6 +8,7 @@
        3  in state since (ns)  7  stopped lanes       10  dead-lettered points
       11  points that went straight to the columnstore
       12  us spent in flushes                         13  us from arrival to commit, over all points
+      14  anomalous points
       64  latency histogram: points by the time from arrival to commit, LATENCY_BINS words
      320  latency histogram: flushes by their duration, FLUSH_BINS words
 
@@ -36,7 +37,7 @@ FLUSH_BINS: Final = 128
 EDITIONS: Final = ("unknown", "plain", "apache", "timescale")
 
 _PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD = range(11)
-_COMPRESSED, _BUSY, _WAITED = 11, 12, 13
+_COMPRESSED, _BUSY, _WAITED, _ANOMALIES = 11, 12, 13, 14
 _LATENCY: Final = 64
 _FLUSH: Final = 320
 Bins = NDArray[np.uint64]
@@ -107,6 +108,9 @@ class Heartbeat:
     def compressed(self, points: int) -> None:
         self._words[_COMPRESSED] += points
 
+    def anomalous(self, points: int) -> None:
+        self._words[_ANOMALIES] += points
+
     def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64], flush_us: int) -> None:
         """Count one commit of `flush_us`; `latencies_us` holds for each point the time from arrival to commit."""
         words = self._words
@@ -176,6 +180,10 @@ class Heartbeat:
     def last_commit_us(self) -> int:
         """When the last commit was, in us since 1970; 0 if there was none."""
         return self._words[_LAST]
+
+    @property
+    def anomalous_points(self) -> int:
+        return self._words[_ANOMALIES]
 
     @property
     def busy_us(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import psycopg
 
-from engine import logs, migrate, process, settings
+from engine import logs, migrate, process, samples, settings
 from engine.settings import Settings
 
 ADVISORY_LOCK: Final = 0x6F726269745F6D74  # "orbit_mt"
@@ -70,6 +70,7 @@ def run(config: Settings, url: str, stopping: threading.Event) -> None:
                     if count:
                         log.info("dropped %d %s past retention", count, "rows" if edition.name == "plain" else "chunks")
                     thin_stats(connection)
+                    samples.take(connection)
                     stopping.wait(INTERVAL_S)
                 pause = INTERVAL_S
         except psycopg.Error as error:

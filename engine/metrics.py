@@ -62,6 +62,7 @@ def _of_writers(writers: Iterable[WriterSample]) -> Iterator[list[str]]:
     yield _family("writer_beat_age_seconds", "gauge", "Time since the last heartbeat.", each("age_s"))
     yield _family("committed_points_total", "counter", "Points committed in the database.", each("committed"))
     yield _family("dead_lettered_points_total", "counter", "Points set aside in dead_letter.", each("dead_lettered"))
+    yield _family("anomalous_points_total", "counter", "Committed points that are anomalies.", each("anomalies"))
     yield _family("write_failures_total", "counter", "Attempts that the database did not settle.", each("failures"))
     yield _family("stopped_lanes", "gauge", "Lanes that wait for an operator.", each("stopped_lanes"))
     yield _family("last_commit_timestamp_seconds", "gauge", "When the last commit was.",

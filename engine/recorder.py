@@ -208,6 +208,7 @@ def _of_writer(writer: WriterSample, before: WriterSample | None) -> Row:
         "alive": writer.alive,
         "committed": writer.committed,
         "dead_lettered": writer.dead_lettered,
+        "anomalies": writer.anomalies,
         "flushes": writer.flushes,
         "failures": writer.failures,
         "stopped_lanes": writer.stopped_lanes,

@@ -70,6 +70,7 @@ class WriterSample:
     age_s: float
     committed: int
     dead_lettered: int
+    anomalies: int
     flushes: int
     failures: int
     stopped_lanes: int
@@ -174,6 +175,7 @@ def _writers(folder: Path) -> Iterator[WriterSample]:
             age_s=beat.age,
             committed=beat.committed_points,
             dead_lettered=beat.dead_lettered_points,
+            anomalies=beat.anomalous_points,
             flushes=beat.flushes,
             failures=beat.failures,
             stopped_lanes=beat.stopped_lanes,

@@ -371,6 +371,7 @@ class Writer:
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
         self.summary.add(flushed)
         if flushed.columns is not None:
+            self.beat.anomalous(int(flushed.columns.is_anomaly.sum()))
             changed = self.monitor.advance(flushed.columns)
             self.summary.tell(changed)
             self.recorder.add(changed)

@@ -17,6 +17,7 @@ CREATE TABLE engine_stats (
     capacity_bytes   bigint,
     committed        bigint,
     dead_lettered    bigint,
+    anomalies        bigint,
     flushes          bigint,
     failures         bigint,
     stopped_lanes    bigint,
@@ -30,7 +31,7 @@ CREATE TABLE engine_stats (
 );
 CREATE INDEX engine_stats_time ON engine_stats (time DESC);
 COMMENT ON TABLE engine_stats IS 'One row a second for each worker (its lane) and each writer, rows of a minute after a day.';
-COMMENT ON COLUMN engine_stats.accepted IS 'accepted, refused, settled, committed, dead_lettered, flushes, failures, busy_s and cpu_s only grow, but for a new start at 0.';
+COMMENT ON COLUMN engine_stats.accepted IS 'accepted, refused, settled, committed, dead_lettered, anomalies, flushes, failures, busy_s and cpu_s only grow, but for a new start at 0.';
 COMMENT ON COLUMN engine_stats.residual IS 'Points published and neither settled nor queued: 0, or NULL when it could not be told.';
 COMMENT ON COLUMN engine_stats.flush_p50_ms IS 'Quantiles are of what happened since the row before; NULL when nothing did.';
 
