@@ -27,6 +27,7 @@ from engine import (
     process,
     settings,
     supervisor,
+    top,
 )
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     migration.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     status = _command(commands, "status", _status, "show lanes, writers and the database; exit 1 if degraded")
     status.add_argument("--json", action="store_true", help="print one JSON object")
+    watch = _command(commands, "top", top.command, "watch the engine live; works with the database away")
+    watch.add_argument("--once", action="store_true", help="print one report of a second, and end")
+    watch.add_argument("--json", action="store_true", help="print that report as one JSON object")
     _command(commands, "drain", _drain, "store what waits in the lanes, then end; exit 1 if some is left")
     verify_ = _command(commands, "verify", operate.verify_command, "check that every point published is accounted for")
     verify_.add_argument("--deep", action="store_true", help="also count the rows of telemetry against the ledger")

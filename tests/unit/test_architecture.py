@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "problems": {"decode"},
     "stats": {"heartbeat", "lanes", "ring"},
     "metrics": {"heartbeat", "stats"},
+    "top": {"heartbeat", "recorder", "stats"},
     "recorder": {"episodes", "heartbeat", "limits", "stats"},
     "health": {"heartbeat", "lanes", "timestamps"},
     "app": {
@@ -62,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"embedded", "heartbeat"},
     "__main__": {
         "demo", "embedded", "health", "heartbeat", "installations", "lanes", "limits", "migrate", "operate", "ring",
-        "supervisor", "writer",
+        "supervisor", "top", "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "failpoints", "__init__"}
