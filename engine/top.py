@@ -58,7 +58,7 @@ def describe(before: Sample, now: Sample) -> Report:
     writers_before = {writer.name: writer for writer in before.writers}
 
     def rate(after: float, earlier: float) -> float:
-        return round(max(0.0, after - earlier) / seconds, 1)
+        return round(max(0.0, after - earlier) / seconds, 3)
 
     lanes: list[Report] = []
     for lane in now.lanes:
@@ -152,7 +152,7 @@ class Screen:
             history = self._history.setdefault(name, deque(maxlen=HISTORY))
             history.append(float(value or 0))
             bars = sparkline(history, max(0, width - 32))
-            shown = "not known" if value is None else f"{value:,.10g}"
+            shown = "not known" if value is None else f"{value:,.1f}".removesuffix(".0")
             table.add_row(f"{name:<12}", f"[{style}]{shown:>11}[/]" if style else f"{shown:>11}", f"{unit:<2}", bars)
         return table
 

@@ -36,10 +36,14 @@ def glance() -> list[Json]:
              "of the range. Anything but 0 means that the lanes are full: the database takes less than arrives.",
              f'{in_last(300, "refused")}'.replace("sum(grown)::float8", 'sum(grown)::float8 AS "points/s"', 1),
              unit="rowsps", limit=thresholds(("green", None), ("red", 0.001))),
-        stat(3, (4, 4), "Head-room", "How many times the present rate the writers could take: 1 / the busiest "
-             "writer's share of time spent in transactions, over the last minute. Below 1.5 add a writer.",
-             f'SELECT 1 / nullif(busy, 0) AS "times" FROM ({BUSY_SHARE}) AS busiest', unit="suffix: x",
-             limit=thresholds(("red", None), ("orange", 1.5), ("green", 3)), field={"decimals": 1, "max": 1000}),
+        stat(3, (4, 4), "Head-room", "How many times the present rate the engine could take. By the writers: 1 / the "
+             "busiest writer's share of time in transactions, over the last minute. To the knee: the rate that "
+             "`orbitstream capacity` measured last over the rate of the last 10 seconds. Below 1.5 add a writer.",
+             f'SELECT (SELECT 1 / nullif(busy, 0) FROM ({BUSY_SHARE}) AS busiest) AS "by the writers",\n'
+             "  (SELECT knee_points_per_second FROM capacity ORDER BY measured_at DESC LIMIT 1)\n"
+             f'    / nullif(({in_last(10, "committed")}), 0) AS "to the knee"',
+             unit="suffix: x", limit=thresholds(("red", None), ("orange", 1.5), ("green", 3)),
+             field={"decimals": 1, "max": 1000}),
         stat(4, (4, 4), "Fullest lane", "Share of the fullest lane that waits for the database.",
              newest('max(queue_bytes / nullif(capacity_bytes, 0)::float8) AS "full"', WORKER),
              unit="percentunit", limit=FULL, field={"decimals": 1}),
@@ -108,7 +112,7 @@ def queue() -> list[Json]:
 
 def latency() -> list[Json]:
     budget = (
-        f"SELECT 1 - count(*) FILTER (WHERE arrival_p99_ms > {SLOW_MS}) / (0.01 * nullif(count(*), 0)) "
+        f"SELECT 1 - count(*) FILTER (WHERE arrival_p99_ms > {SLOW_MS}) / (0.01 * nullif(count(*), 0))::float8 "
         f'AS "left" FROM engine_stats\nWHERE {SAMPLED} AND {WRITER} AND arrival_p99_ms IS NOT NULL'
     )
     return row(

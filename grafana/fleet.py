@@ -94,7 +94,7 @@ def band(id: int, channel: Channel) -> Json:
 
 
 def heatmap(id: int) -> Json:
-    shown = ",\n  ".join(f'avg(histogram[{step + 1}]) AS "{step * 5 + 5}"' for step in range(20))
+    shown = ",\n  ".join(f'avg(histogram[{step + 1}])::float8 AS "{step * 5 + 5}"' for step in range(20))
     return panel(
         "heatmap", id, (8, 8), "Battery of every satellite",
         "How many satellites are at which charge, in steps of 5 %, sampled each minute. A constellation that drains "

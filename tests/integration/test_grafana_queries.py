@@ -280,6 +280,7 @@ STATS_OF_AN_HOUR = """
         n * 10, n * 10, 0, 0, n * 0.25, 5, 20, 15, CASE WHEN n %% 200 = 0 THEN 150 ELSE 60 END, n * 0.3, 60000000
     FROM generate_series(1::bigint, 3600) AS n"""
 SAMPLES_OF_AN_HOUR = """
+    INSERT INTO capacity VALUES (%(end)s, 'one', 40000, 50000, 80000, 60, 2, '{}');
     INSERT INTO storage_stats SELECT %(end)s - (60 - n) * interval '1 minute', 1000000000 + n * 60000000,
         800000000 + n * 60000000, 100000000, n * 1000000, 10, 4, 100000000000, 90000000000 - n * 60000000
     FROM generate_series(1::bigint, 60) AS n ON CONFLICT DO NOTHING;
@@ -345,7 +346,8 @@ def test_every_query_finds_rows_and_soon(name: str, boards: Boards, milliseconds
     query = QUERIES[name]
     for timescaledb in (False, True):
         columns, rows = boards.ask(query.sql, boards.view(timescaledb=timescaledb))
-        assert rows
+        # Background jobs are the policies, which a lesser license does not have.
+        assert rows or ("Background jobs" in name and boards.edition.name != "timescale")
         check_frame(query, columns, rows)
     milliseconds[name] = min(timed(lambda: boards.ask(query.sql, boards.view())) for _ in range(3))
     assert milliseconds[name] < SLOWEST_MS
@@ -385,7 +387,8 @@ def test_every_query_runs_before_the_first_point(empty_boards: Boards) -> None:
 def test_the_capacity_board_is_right(boards: Boards) -> None:
     assert boards.one("capacity / 1 Committed now") == [{"points/s": pytest.approx(1000, rel=0.01)}]
     assert boards.one("capacity / 2 Refused") == [{"points/s": 0}]
-    assert boards.one("capacity / 3 Head-room") == [{"times": pytest.approx(4, rel=0.01)}]
+    room = {"by the writers": pytest.approx(4, rel=0.01), "to the knee": pytest.approx(40, rel=0.01)}
+    assert boards.one("capacity / 3 Head-room") == [room]
     assert boards.one("capacity / 4 Fullest lane") == [{"full": pytest.approx(3_700_000 / 16_000_000)}]
     assert boards.one("capacity / 5 Seconds until full") == [{"until full": pytest.approx(12_300, rel=0.01)}]
     assert boards.one("capacity / 6 Residual") == [{"points": 0}]
@@ -457,7 +460,7 @@ def test_maintenance_samples_what_the_boards_read(fresh: Fresh) -> None:
             assert [(row[0], row[3]) for row in fleet] == [(channel, True) for channel in sorted(samples.CHANNELS)]
             assert {row[1] for row in fleet} == {SATELLITES} and fleet[0][4] == fleet[0][2] > 0
             taken = connection.execute(
-                "SELECT connections > 0, raw_ms > 0, five_minutes_ms > 0, hourly_ms > 0 FROM database_stats"
+                "SELECT connections >= 0, raw_ms > 0, five_minutes_ms > 0, hourly_ms > 0 FROM database_stats"
             ).fetchall()
             assert taken == [(True, True, True, True)]
 
