@@ -2,7 +2,8 @@
 
 A writer sees its points sorted by satellite and time anyway, so it keeps the last of each, and now and then puts what
 changed into `satellite_latest`, in slices, for a small share of its time: with a thousand satellites each second, with
-a hundred thousand every half minute or so. A writer that is killed forgets what it had not put there yet.
+a hundred thousand every half minute or so. A writer that is killed forgets what it had not put there yet: the next
+point of the satellite mends it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ EVERY_S: Final = 1.0
 SHARE: Final = 0.05
 """Of a writer's time, at most."""
 RETRY_S: Final = 60.0
+FINISH_S: Final = 2.0
 MAX_PENDING: Final = 300_000
 """Points held before they are coalesced early, so that memory is bounded by satellites and not by time."""
 
@@ -84,6 +86,12 @@ class Latest:
         if finished:
             self._sorted = None
         self._next = ended + max((ended - begun) / SHARE, EVERY_S if finished else 0.0)
+
+    def finish(self, connection: psycopg.Connection[Any]) -> None:
+        """Put what there is within FINISH_S, before the writer ends; raises psycopg.Error."""
+        deadline = time.monotonic() + FINISH_S
+        while time.monotonic() < deadline and (self._sorted is not None or self._parts):
+            self.put(connection)
 
 
 def _last(columns: Columns, received: Times) -> tuple[Columns, Times]:

@@ -151,6 +151,7 @@ class Writer:
             if not self.pass_over(now):
                 time.sleep(POLL_S)
             self.put_latest()
+        self.put_latest(ending=True)
         self.summary.flush()
         self.beat.enter(State.ENDED)
         self.disconnect()
@@ -281,12 +282,12 @@ class Writer:
             stored |= self.flush(due.pop(0))
         return stored
 
-    def put_latest(self) -> None:
+    def put_latest(self, *, ending: bool = False) -> None:
         """Put some of the newest points into satellite_latest; a failure costs nobody a point."""
-        if self.connection is None or not self.latest.due(time.monotonic()):
+        if self.connection is None or not (ending or self.latest.due(time.monotonic())):
             return
         try:
-            self.latest.put(self.connection)
+            (self.latest.finish if ending else self.latest.put)(self.connection)
         except psycopg.Error as error:
             self.disconnect()
             self.summary.alarms.warning("satellite_latest is behind: %s", one_line(error))
