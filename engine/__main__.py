@@ -100,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     letters.add_argument("ids", nargs="*", type=int, help="only these")
     letters.add_argument("--limit", type=int, default=50, help="list at most so many (default: %(default)s)")
     letters.add_argument("--json", action="store_true", help="print one JSON object a line")
+    export = _command(commands, "export", operate.export_command, "write points to Parquet files, one a day")
+    export.add_argument(
+        "--from", dest="begin", type=operate.instant, required=True, help="first instant, as 2026-01-31"
+    )
+    export.add_argument("--to", dest="end", type=operate.instant, required=True, help="the instant after the last")
+    export.add_argument("--out", type=Path, required=True, help="folder to write to")
+    back = _command(commands, "import", operate.import_command, "store an export's points, once however often repeated")
+    back.add_argument("dir", type=Path, help="folder of an export")
+    back.add_argument("--beside", action="store_true", help="also where the table has other points of those days")
     demo.add_command(commands)
     return parser
 

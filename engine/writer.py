@@ -34,6 +34,7 @@ from engine.drain import (
 )
 from engine.episodes import Monitor
 from engine.heartbeat import Heartbeat, State
+from engine.latest import Latest
 from engine.migrate import find_edition
 from engine.recorder import Recorder
 from engine.ring import Lane, LaneError
@@ -128,6 +129,7 @@ class Writer:
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
         self.columnstore: Columnstore | None = None
+        self.latest = Latest()
         self.failures = 0
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
@@ -155,7 +157,9 @@ class Writer:
             self.record(now)
             if not stored:
                 time.sleep(POLL_S)
+            self.put_latest()
         self.record(math.inf)
+        self.put_latest(ending=True)
         self.summary.flush()
         self.beat.enter(State.ENDED)
         self.disconnect()
@@ -296,6 +300,16 @@ class Writer:
             stored |= self.flush(due.pop(0))
         return stored
 
+    def put_latest(self, *, ending: bool = False) -> None:
+        """Put some of the newest points into satellite_latest; a failure costs nobody a point."""
+        if self.connection is None or not (ending or self.latest.due(time.monotonic())):
+            return
+        try:
+            (self.latest.finish if ending else self.latest.put)(self.connection)
+        except psycopg.Error as error:
+            self.disconnect()
+            self.summary.alarms.warning("satellite_latest is behind: %s", one_line(error))
+
     def probe(self, connection: Connection, now: float) -> None:
         """See that an idle connection still has a database at its other end, for the sake of /health."""
         if now >= self.next_probe:
@@ -369,6 +383,8 @@ class Writer:
         if flushed.dead_lettered:
             self.beat.dead_lettered(flushed.dead_lettered)
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
+        if flushed.columns is not None:
+            self.latest.add(flushed.columns, flushed.received)
         self.summary.add(flushed)
         if flushed.columns is not None:
             self.beat.anomalous(int(flushed.columns.is_anomaly.sum()))

@@ -1,0 +1,80 @@
+"""Export to Parquet and import: the same points come back, once, whatever is repeated, broken or interrupted."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+import pyarrow.parquet as pq
+import pytest
+
+from engine import archive, migrate
+from tests.service import Service
+
+DAY, NEXT, THIRD = (datetime.now(UTC).date() - timedelta(days=ago) for ago in (3, 2, 1))
+INSERT = (
+    "INSERT INTO telemetry (time, satellite_id, battery_charge_percent, storage_usage_mb, signal_strength_dbm,"
+    " received_at, is_anomaly, latitude) SELECT timestamptz '{DAY}T20:00Z' + n * interval '2.000001 s',"
+    " 'SÄT,\"\n' || mod(n, 7), mod(n, 100) / 3.0, n, -0.1 * n, now(), mod(n, 9) = 0,"
+    " CASE WHEN mod(n, 5) > 0 THEN -n / 7e5 END"
+    " FROM generate_series(1, 12000) n"
+).replace("{DAY}", str(DAY))
+ROWS = "SELECT * FROM telemetry ORDER BY satellite_id, time"
+
+
+def test_what_was_exported_comes_back_once(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert service.run("migrate").returncode == 0
+    service.query(INSERT + " RETURNING 1")
+    before = service.query(ROWS)
+    out = tmp_path / "export"
+    exported = service.run("export", "--from", f"{DAY}", "--to", f"{THIRD}T00:00:00Z", "--out", str(out))
+    assert (exported.returncode, exported.stdout) == (
+        0, f"exported 12000 points to {out}, each file compared with the table\n",
+    ), exported.stderr  # fmt: skip
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.parquet"))
+    assert files == [f"day={DAY}/telemetry.parquet", f"day={NEXT}/telemetry.parquet"]
+    assert sum(pq.ParquetFile(out / file).metadata.num_rows for file in files) == 12000
+    again = service.run("export", "--from", f"{DAY}", "--to", f"{THIRD}", "--out", str(out))
+    assert again.returncode == 1 and "holds an export already" in again.stderr
+
+    beside = service.run("import", str(out))
+    assert beside.returncode == 1 and "has points between" in beside.stderr
+    service.query("DELETE FROM telemetry RETURNING 1")
+    # Interrupted after three row groups, then repeated to its end, then once more.
+    copied = []
+
+    def copy_three(*arguments: object) -> None:
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        copied.append(arguments)
+        real(*arguments)  # type: ignore[arg-type]
+
+    real = archive._copy
+    with monkeypatch.context() as patch, migrate.connect(service.database, "test") as connection:
+        patch.setattr(archive, "_copy", copy_three)
+        with pytest.raises(KeyboardInterrupt):
+            archive.restore(connection, out, lambda _: None)
+    assert 0 < service.count() < 12000
+    first, second = service.run("import", str(out)), service.run("import", str(out))
+    assert first.returncode == 0, first.stderr
+    assert second.stdout == "imported 0 points, 12000 were imported before\n"
+    assert service.query(ROWS) == before
+
+
+def test_a_file_that_changed_is_refused(service: Service, tmp_path: Path) -> None:
+    assert service.run("migrate").returncode == 0
+    service.query(INSERT.replace("12000", "50") + " RETURNING 1")
+    out = tmp_path / "export"
+    assert service.run("export", "--from", f"{DAY}", "--to", f"{NEXT}", "--out", str(out)).returncode == 0
+    service.query("DELETE FROM telemetry RETURNING 1")
+    (path,) = out.rglob("*.parquet")
+    table = pq.read_table(path)
+    swapped = table.set_column(4, table.schema.field(4), table[4].take(list(reversed(range(len(table))))))
+    pq.write_table(swapped, path)
+    refused = service.run("import", str(out))
+    assert refused.returncode == 1 and "is not what was exported" in refused.stderr
+    (out / archive.MANIFEST).write_text(json.dumps({}))
+    with psycopg.connect(service.database) as connection:
+        assert connection.execute("SELECT count(*) FROM telemetry").fetchone() == (0,)
