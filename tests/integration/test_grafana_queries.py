@@ -31,7 +31,7 @@ from tests.service import POINT, Service, eventually
 from tests.unit.test_compose import environment, make_passwords
 
 ROWS, SATELLITES = 50_000, 100
-SLOWEST_MS = 200
+SLOWEST_MS = 200  # ten times that in WebAssembly, which is there for the answers
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # What Grafana's backend makes of a column; anything else arrives as text or not at all.
@@ -149,6 +149,9 @@ def test_an_unknown_macro_is_an_error() -> None:
 # -- the boards on a database
 
 
+AN_HOUR = timedelta(seconds=10)
+
+
 @dataclass(frozen=True)
 class Query:
     """One query of a board."""
@@ -156,6 +159,8 @@ class Query:
     name: str
     sql: str
     format: str
+    interval: timedelta = AN_HOUR
+    """Between two points of a curve: of an hour on a screen, or the shortest that its panel allows."""
 
 
 def all_queries() -> list[Query]:
@@ -166,7 +171,9 @@ def all_queries() -> list[Query]:
         for panel in board["panels"]:
             for target in panel.get("targets", []):
                 name = f"{path.stem} / {panel['id']} {panel['title']}"
-                found.append(Query(name, target["rawSql"], target["format"]))
+                shortest = timedelta(seconds=parse_interval(panel.get("interval", "1s")))
+                interval = max(AN_HOUR, shortest)
+                found.append(Query(name, target["rawSql"], target["format"], interval))
         for variable in board["templating"]["list"]:
             found.append(Query(f"{path.stem} / variable {variable['name']}", variable["query"], "table"))
         for annotation in board["annotations"]["list"]:
@@ -345,12 +352,13 @@ def test_every_query_finds_rows_and_soon(name: str, boards: Boards, milliseconds
     """The data source says timescaledb, whatever the server is: both expansions must run on both."""
     query = QUERIES[name]
     for timescaledb in (False, True):
-        columns, rows = boards.ask(query.sql, boards.view(timescaledb=timescaledb))
+        columns, rows = boards.ask(query.sql, boards.view(timescaledb=timescaledb, interval=query.interval))
         # Background jobs are the policies, which a lesser license does not have.
         assert rows or ("Background jobs" in name and boards.edition.name != "timescale")
         check_frame(query, columns, rows)
-    milliseconds[name] = min(timed(lambda: boards.ask(query.sql, boards.view())) for _ in range(3))
-    assert milliseconds[name] < SLOWEST_MS
+    view = boards.view(interval=query.interval)
+    milliseconds[name] = min(timed(lambda: boards.ask(query.sql, view)) for _ in range(3))
+    assert milliseconds[name] < SLOWEST_MS * (10 if boards.edition.name == "timescale" and not GIVEN_URL else 1)
 
 
 def check_frame(query: Query, columns: list[tuple[str, str]], rows: list[tuple[Any, ...]]) -> None:
