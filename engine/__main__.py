@@ -21,6 +21,7 @@ from engine import (
     health,
     heartbeat,
     lanes,
+    limits,
     logs,
     migrate,
     operate,
@@ -28,6 +29,7 @@ from engine import (
     settings,
     supervisor,
     tokens,
+    top,
 )
 from engine.embedded import EmbeddedPostgres
 from engine.installations import EmbeddedError
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         logs.configure(config.log_level, "orbitstream")
         code: int = options.run(config, options)
         return code
-    except (settings.SettingError, lanes.LaneDirError, EmbeddedError) as error:
+    except (settings.SettingError, limits.LimitsError, lanes.LaneDirError, EmbeddedError) as error:
         print(f"orbitstream: {error}", file=sys.stderr)
         return USAGE
     except (migrate.MigrationError, operate.OperateError) as error:
@@ -84,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     migration.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     status = _command(commands, "status", _status, "show lanes, writers and the database; exit 1 if degraded")
     status.add_argument("--json", action="store_true", help="print one JSON object")
+    watch = _command(commands, "top", top.command, "watch the engine live; works with the database away")
+    watch.add_argument("--once", action="store_true", help="print one report of a second, and end")
+    watch.add_argument("--json", action="store_true", help="print that report as one JSON object")
     _command(commands, "drain", _drain, "store what waits in the lanes, then end; exit 1 if some is left")
     verify_ = _command(commands, "verify", operate.verify_command, "check that every point published is accounted for")
     verify_.add_argument("--deep", action="store_true", help="also count the rows of telemetry against the ledger")
@@ -155,6 +160,7 @@ def _serve(config: Settings, options: argparse.Namespace) -> int:
         process.die_with_parent(options.parent)
     if config.tokens_file is not None and not tokens.load(config.tokens_file):
         log.warning("%s holds no token: nobody can post yet", config.tokens_file)
+    limits.of_settings(config)  # what a writer could not read shall stop the start
     lanes.prepare(config.lane_dir, config.durability)
     lanes.check_room(config.lane_dir, config.workers, config.lane_bytes)
     with _sole_supervisor(config), supervisor.listen(config) as listener:
@@ -171,6 +177,7 @@ def _serve(config: Settings, options: argparse.Namespace) -> int:
 
 
 def _write(config: Settings, options: argparse.Namespace) -> int:
+    limits.of_settings(config)  # what a writer could not read shall stop the start
     lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, server):
         log.info("draining %s with %d writers", config.lane_dir, config.writer_count)
@@ -281,6 +288,7 @@ def _print_status(report: dict[str, Any], config: Settings) -> None:
 
 
 def _drain(config: Settings, options: argparse.Namespace) -> int:
+    limits.of_settings(config)  # what a writer could not read shall stop the start
     lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, _):
         url = config.database_url

@@ -10,12 +10,11 @@ from typing import Final
 import falcon
 import orjson
 
-from engine import answers, body, keys, lanes, openapi, problems, rows, settings
+from engine import answers, body, keys, lanes, metrics, openapi, problems, rows, settings, stats
 from engine.body import ARROW, JSON, NDJSON
 from engine.decode import Decoder
 from engine.guard import Guard
 from engine.health import describe
-from engine.limits import Limits
 from engine.points import DecodeError, Rejects
 from engine.prefer import is_lenient
 from engine.problems import Problem
@@ -90,8 +89,8 @@ class TelemetryResource:
 
     scope = "write"
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings, guard: Guard | None) -> None:
-        self._lane, self._decoder, self._limits, self._guard = lane, decoder, limits, guard
+    def __init__(self, lane: Lane, decoder: Decoder, config: Settings, guard: Guard | None) -> None:
+        self._lane, self._decoder, self._guard = lane, decoder, guard
         self._max_body_bytes, self._durability = min(config.max_body_bytes, POINT_BODY_BYTES), config.durability
 
     def on_post(self, request: falcon.Request, response: falcon.Response) -> None:
@@ -103,7 +102,7 @@ class TelemetryResource:
             point = self._decoder.point(content, received)
         except DecodeError as error:
             raise Problem.of(error) from error
-        payload = rows.pack_point(point.time_us, point.satellite_id, point.values, self._limits.flag(point.values))
+        payload = rows.pack_point(point.time_us, point.satellite_id, point.values, is_anomaly=False)
         receipt = self._lane.publish(payload, 1, received, key)
         if self._guard is not None:
             self._guard.charge(request, 1)
@@ -119,8 +118,8 @@ class BatchResource:
 
     scope = "write"
 
-    def __init__(self, lane: Lane, decoder: Decoder, limits: Limits, config: Settings, guard: Guard | None) -> None:
-        self._lane, self._limits, self._guard = lane, limits, guard
+    def __init__(self, lane: Lane, decoder: Decoder, config: Settings, guard: Guard | None) -> None:
+        self._lane, self._guard = lane, guard
         self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
         self._decoders: dict[str, Callable[[bytes, int, Rejects | None], Columns]] = {
             JSON: decoder.json_batch,
@@ -140,7 +139,6 @@ class BatchResource:
             columns = decode(content, received, rejects)
         except DecodeError as error:
             raise Problem.of(error) from error
-        columns.is_anomaly = self._limits.flags(columns)
         count = len(columns)
         receipt = self._lane.publish(rows.pack(columns), count, received, key)
         if self._guard is not None:
@@ -179,6 +177,19 @@ class HealthResource:
         response.data = orjson.dumps(report)
 
 
+class MetricsResource:
+    """GET /metrics: the counters of the lanes and the writers, in Prometheus' text format."""
+
+    scope = "read"
+
+    def __init__(self, config: Settings) -> None:
+        self._folder = config.lane_dir
+
+    def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
+        response.content_type = metrics.CONTENT_TYPE
+        response.data = metrics.render(stats.take(self._folder))
+
+
 class LiveResource:
     """GET /health/live: this process answers."""
 
@@ -212,17 +223,13 @@ def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Res
         oldest_us=int(config.retention * 1e6),
         ignore_unknown=config.unknown_fields == "ignore",
     )
-    limits = Limits(
-        battery_below=config.anomaly_battery,
-        storage_above=config.anomaly_storage,
-        signal_below=config.anomaly_signal,
-    )
     guard = None if config.tokens_file is None else Guard(Tokens(config.tokens_file), config.workers)
     app = falcon.App(media_type=JSON, middleware=[guard] if guard else [])
-    app.add_route("/telemetry", TelemetryResource(lane, decoder, limits, config, guard))
-    app.add_route("/telemetry/batch", BatchResource(lane, decoder, limits, config, guard))
+    app.add_route("/telemetry", TelemetryResource(lane, decoder, config, guard))
+    app.add_route("/telemetry/batch", BatchResource(lane, decoder, config, guard))
     app.add_route("/openapi.json", OpenApiResource())
     app.add_route("/health", HealthResource(config))
+    app.add_route("/metrics", MetricsResource(config))
     app.add_route("/health/live", LiveResource())
     app.add_route("/health/ready", ReadyResource(lane))
     app.add_error_handler(Exception, problems.answer_crash)

@@ -183,16 +183,18 @@ def drain(
     source: Source,
     max_points: int,
     beat: Callable[[], None],
+    mark: Callable[[Columns], None],
     columnstore: Columnstore,
     *,
     careful: bool = False,
 ) -> Flush | None:
     """Settle the lane's next records, up to `max_points`, and free them; None if there were none.
 
-    `columnstore` says what is known of this connection's way into compressed chunks. `connection` is in autocommit and
-    outside a transaction. Raises PointRefusedError (nothing stored: come back with `careful`, which sets refused points
-    aside), LaneStoppedError (nothing stored), or whatever else psycopg raises: then close the connection and begin
-    again, the ledger knows what became of the attempt.
+    `mark` sets is_anomaly of what is about to be stored, perhaps more than once. `columnstore` says what is known of
+    this connection's way into compressed chunks. `connection` is in autocommit and outside a transaction. Raises
+    PointRefusedError (nothing stored: come back with `careful`, which sets refused points aside), LaneStoppedError
+    (nothing stored), or whatever else psycopg raises: then close the connection and begin again, the ledger knows what
+    became of the attempt.
     """
     lane = source.lane
     cursor = connection.cursor()
@@ -219,7 +221,7 @@ def drain(
         cursor.execute("ROLLBACK")
         return None
     end = records[-1].end
-    flush = _Transaction(cursor, lane, beat, columnstore).settle(records, careful=careful)
+    flush = _Transaction(cursor, lane, beat, mark, columnstore).settle(records, careful=careful)
     after = Progress(
         end,
         progress.committed + flush.committed,
@@ -248,9 +250,14 @@ class _Transaction:
     """What happens between reading records and moving the ledger: keys, COPY, dead letters."""
 
     def __init__(
-        self, cursor: psycopg.Cursor[Any], lane: Lane, beat: Callable[[], None], columnstore: Columnstore
+        self,
+        cursor: psycopg.Cursor[Any],
+        lane: Lane,
+        beat: Callable[[], None],
+        mark: Callable[[Columns], None],
+        columnstore: Columnstore,
     ) -> None:
-        self.cursor, self.lane, self.beat, self.columnstore = cursor, lane, beat, columnstore
+        self.cursor, self.lane, self.beat, self.mark, self.columnstore = cursor, lane, beat, mark, columnstore
         self.dead_lettered = 0
 
     def settle(self, records: Sequence[SourceRecord], *, careful: bool) -> Flush:
@@ -290,6 +297,7 @@ class _Transaction:
 
     def _copy(self, columns: Columns, received: Times) -> None:
         self.beat()
+        self.mark(columns)
         statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(
             sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
         )

@@ -7,7 +7,10 @@
        2  state                6  failures
        3  in state since (ns)  7  stopped lanes       10  dead-lettered points
       11  points that went straight to the columnstore
+      12  us spent in flushes                         13  us from arrival to commit, over all points
+      14  anomalous points
       64  latency histogram: points by the time from arrival to commit, LATENCY_BINS words
+     320  latency histogram: flushes by their duration, FLUSH_BINS words
 
 Times marked ns are CLOCK_MONOTONIC, which all processes of one machine share. The web side reads this for /health
 and never talks to the database; the supervisor reads it to find a writer that is alive but no longer moves.
@@ -21,7 +24,7 @@ import time
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +33,18 @@ FILE_BYTES: Final = 4096
 STALE_S: Final = 8.0
 """A writer that has not beaten for so long is taken for stuck. Its database statements end sooner (see `writer`)."""
 LATENCY_BINS: Final = 256
+FLUSH_BINS: Final = 128
 EDITIONS: Final = ("unknown", "plain", "apache", "timescale")
 
-_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD, _COMPRESSED = range(12)
+_PID, _BEAT, _STATE, _SINCE, _COMMITTED, _FLUSHES, _FAILURES, _STOPPED, _LAST, _EDITION, _DEAD = range(11)
+_COMPRESSED, _BUSY, _WAITED, _ANOMALIES = 11, 12, 13, 14
 _LATENCY: Final = 64
-# Bin i counts latencies up to 10 us * 1.07**i: 7 % wide, from 10 us to 5 minutes.
-_EDGES: Final = 10.0 * 1.07 ** np.arange(LATENCY_BINS)
+_FLUSH: Final = 320
+Bins = NDArray[np.uint64]
+Floats = NDArray[np.floating[Any]]
+# Bin i counts latencies up to 10 us * 1.07**i: 7 % wide, from 10 us to 5 minutes. Of flushes: 1.15**i, to 9 minutes.
+LATENCY_EDGES: Final[Floats] = 10.0 * 1.07 ** np.arange(LATENCY_BINS)
+FLUSH_EDGES: Final[Floats] = 10.0 * 1.15 ** np.arange(FLUSH_BINS)
 
 
 class State(IntEnum):
@@ -99,13 +108,19 @@ class Heartbeat:
     def compressed(self, points: int) -> None:
         self._words[_COMPRESSED] += points
 
-    def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64]) -> None:
-        """Count one commit; `latencies_us` holds for each point the time from arrival to commit."""
+    def anomalous(self, points: int) -> None:
+        self._words[_ANOMALIES] += points
+
+    def committed(self, points: int, now_us: int, latencies_us: NDArray[np.int64], flush_us: int) -> None:
+        """Count one commit of `flush_us`; `latencies_us` holds for each point the time from arrival to commit."""
         words = self._words
         words[_COMMITTED] += points
         words[_FLUSHES] += 1
         words[_LAST] = now_us
-        bins = np.minimum(np.searchsorted(_EDGES, latencies_us), LATENCY_BINS - 1)
+        words[_BUSY] += flush_us
+        words[_WAITED] += max(0, int(latencies_us.sum()))
+        words[_FLUSH + min(int(np.searchsorted(FLUSH_EDGES, flush_us)), FLUSH_BINS - 1)] += 1
+        bins = np.minimum(np.searchsorted(LATENCY_EDGES, latencies_us), LATENCY_BINS - 1)
         for index, count in zip(*np.unique(bins, return_counts=True), strict=True):
             words[_LATENCY + int(index)] += int(count)
 
@@ -158,8 +173,37 @@ class Heartbeat:
         return EDITIONS[self._words[_EDITION]]
 
     @property
-    def latency_bins(self) -> NDArray[np.uint64]:
+    def failures(self) -> int:
+        return self._words[_FAILURES]
+
+    @property
+    def last_commit_us(self) -> int:
+        """When the last commit was, in us since 1970; 0 if there was none."""
+        return self._words[_LAST]
+
+    @property
+    def anomalous_points(self) -> int:
+        return self._words[_ANOMALIES]
+
+    @property
+    def busy_us(self) -> int:
+        """Time spent in flushes that were stored."""
+        return self._words[_BUSY]
+
+    @property
+    def waited_us(self) -> int:
+        """The times from arrival to commit, added up over all points."""
+        return self._words[_WAITED]
+
+    @property
+    def latency_bins(self) -> Bins:
+        """Points by the time from arrival to commit; see LATENCY_EDGES."""
         return np.array(self._words[_LATENCY : _LATENCY + LATENCY_BINS], np.uint64)
+
+    @property
+    def flush_bins(self) -> Bins:
+        """Flushes by their duration; see FLUSH_EDGES."""
+        return np.array(self._words[_FLUSH : _FLUSH + FLUSH_BINS], np.uint64)
 
 
 def beat_file(folder: Path, index: int) -> Path:
@@ -178,10 +222,15 @@ def read_all(folder: Path) -> list[Heartbeat]:
     return found
 
 
-def latency_ms(bins: NDArray[np.uint64], quantiles: Sequence[float]) -> list[float]:
-    """Return the latencies (ms) below which the given shares of the points lie; 0 without points."""
+def quantiles_ms(bins: Bins, edges: Floats, shares: Sequence[float]) -> list[float]:
+    """Return the durations (ms) below which the given shares of what was counted lie; 0 when nothing was."""
     total = int(bins.sum())
     if total == 0:
-        return [0.0] * len(quantiles)
+        return [0.0] * len(shares)
     cumulated = np.cumsum(bins)
-    return [float(_EDGES[np.searchsorted(cumulated, quantile * total)]) / 1000 for quantile in quantiles]
+    return [float(edges[np.searchsorted(cumulated, share * total)]) / 1000 for share in shares]
+
+
+def latency_ms(bins: Bins, shares: Sequence[float]) -> list[float]:
+    """Return the times from arrival to commit (ms) below which the given shares of the points lie."""
+    return quantiles_ms(bins, LATENCY_EDGES, shares)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import psycopg
 
-from engine import logs, migrate, policies, process, settings, settlement
+from engine import logs, migrate, policies, process, samples, settings, settlement
 from engine.settings import Settings
 
 ADVISORY_LOCK: Final = 0x6F726269745F6D74  # "orbit_mt"
@@ -54,6 +54,19 @@ def drop_old(connection: psycopg.Connection[Any], edition: migrate.Edition, rete
         deleted += cursor.rowcount
         if cursor.rowcount < DELETE_ROWS:
             return deleted
+
+
+def thin_stats(connection: psycopg.Connection[Any]) -> None:
+    """Keep of engine_stats every second for a day, then the first of each minute, and nothing after 30 days.
+
+    Its counters are cumulative: rows that go take resolution with them, and nothing else.
+    """
+    connection.execute(
+        "DELETE FROM engine_stats WHERE ctid = ANY(ARRAY(SELECT ctid FROM engine_stats"
+        " WHERE time < now() - interval '30 days' OR (time < now() - interval '1 day' AND NOT first_of_minute)"
+        " ORDER BY time LIMIT %s))",
+        [DELETE_ROWS],
+    )
 
 
 def make_chunks(connection: psycopg.Connection[Any], edition: migrate.Edition, interval_s: float) -> int:
@@ -152,6 +165,8 @@ def run(config: Settings, url: str, stopping: threading.Event) -> None:
                         "DELETE FROM idempotency_key WHERE created_at < now() - %s::interval", [settlement.KEPT]
                     )
                     sample_storage(connection, edition)
+                    thin_stats(connection)
+                    samples.take(connection)
                     if time.monotonic() >= settle_at and edition.timescaledb is not None:
                         policies.settle(connection, config, edition.name)
                         settle_at = time.monotonic() + SETTLE_S

@@ -86,6 +86,14 @@ def _paths() -> dict[str, Any]:
             "responses": {"200": _answer("healthy", _STATUS), "503": _answer("degraded", _STATUS),
                           **_refusals("unauthorized", "forbidden")},
         }},
+        "/metrics": {"get": {
+            "operationId": "metrics", "summary": "Show counters, queue and latency to Prometheus",
+            "security": [{}, _BEARER],
+            "responses": {
+                "200": {"description": "text format 0.0.4", "content": {"text/plain": {"schema": {"type": "string"}}}},
+                **_refusals("unauthorized", "forbidden"),
+            },
+        }},
         "/health/live": {"get": {
             "operationId": "live", "summary": "Tell that this process answers",
             "responses": {"200": _answer("alive", _STATUS)},

@@ -21,6 +21,7 @@ from engine.ring import (
     PAD,
     RECORD_BODY,
     RECORD_HEADER,
+    REFUSED,
     SYNCED,
     TAIL,
     Lane,
@@ -149,6 +150,7 @@ class Producer:
         end = start + length
         if end - words[TAIL] > capacity:
             self._note_drain()
+            words[REFUSED] += points
             raise LaneFullError(f"{lane.path.name} is full: {capacity} bytes wait for the database")
         if start != head and room >= RECORD_HEADER.size:
             self._write_pad(head, room)

@@ -12,6 +12,7 @@ The file is one header page and then `capacity` bytes of records (offsets in byt
      184  synced u64                                           head that the last successful fdatasync covered
      192  closed u64                                           not 0: nobody appends to it any more
      200  answered u64                                         points in answers 202 that were handed to the edge
+     208  refused u64                                          points in answers 503 for want of room
      256  tail u64                                             the consumer's cache line
      264  settled points u64                                   points behind `tail`, as the ledger counts them
      272  bound u64                                            points the next transaction may hold, 0 = no limit known
@@ -66,7 +67,7 @@ PAD: Final = 1
 _STATIC = struct.Struct("<8sII16s16sQQ")
 _STATIC_TAIL = struct.Struct("<II")
 # Indices of 8-byte words in the header page.
-HEAD, COUNTERS_A, COUNTERS_B, SYNCED, CLOSED, ANSWERED = 16, 17, 20, 23, 24, 25
+HEAD, COUNTERS_A, COUNTERS_B, SYNCED, CLOSED, ANSWERED, REFUSED = 16, 17, 20, 23, 24, 25, 26
 TAIL, SETTLED, BOUND, RESUMED = 32, 33, 34, 35
 DATABASE = 320
 
@@ -252,6 +253,10 @@ class Lane:
     @property
     def answered_points(self) -> int:
         return self.words[ANSWERED]
+
+    @property
+    def refused_points(self) -> int:
+        return self.words[REFUSED]
 
     @property
     def database(self) -> uuid.UUID | None:

@@ -222,6 +222,14 @@ class Settings:
     anomaly_signal: float = _setting(
         "ANOMALY_THRESHOLD_SIGNAL", -100.0, _real, "a signal strength below this, in dBm, is an anomaly"
     )
+    limits_file: Path | None = _setting(
+        "ORBITSTREAM_LIMITS_FILE",
+        None,
+        _path,
+        "TOML file of limits by channel and satellite, over the three thresholds: warning and critical, hysteresis, "
+        "violations in a row, rate of change",
+        "none",
+    )
     drain_timeout: float = _setting(
         "ORBITSTREAM_DRAIN_TIMEOUT", 30.0, _duration(0, 86400), "how long a stop may take to empty the lanes", "30s"
     )

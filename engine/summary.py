@@ -8,6 +8,8 @@ import time
 import numpy as np
 
 from engine.drain import Flush
+from engine.episodes import Episode
+from engine.limits import SEVERITIES
 from engine.logs import Limited
 
 
@@ -26,16 +28,23 @@ class Summary:
         self.flushes += 1
         if flushed.columns is None:
             return
-        anomalous = np.flatnonzero(flushed.columns.is_anomaly)
-        if len(anomalous) == 0:
-            return
-        self.anomalies += len(anomalous)
-        shown = anomalous[: max(0, self.anomaly_log.room())]
-        for index in shown.tolist():
-            values = " ".join(f"{name}={column[index]:g}" for name, column in flushed.columns.values.items())
-            identity = flushed.columns.satellite_id[index].decode(errors="replace")
-            self.anomaly_log.warning("anomaly satellite_id=%s %s", identity, values)
-        self.anomaly_log.hold(len(anomalous) - len(shown))
+        self.anomalies += int(np.count_nonzero(flushed.columns.is_anomaly))
+
+    def tell(self, changed: list[Episode]) -> None:
+        """Write a line for each episode that began, became worse or ended."""
+        for episode in changed:
+            identity = episode.satellite.decode(errors="replace")
+            if episode.severity > episode.told:
+                episode.told = episode.severity
+                self.anomaly_log.warning(
+                    "anomaly satellite_id=%s %s=%g severity=%s %s=%g", identity, episode.channel, episode.peak,
+                    SEVERITIES[episode.severity], episode.kind, episode.limit,
+                )  # fmt: skip
+            if episode.cleared:
+                self.log.debug(
+                    "anomaly over satellite_id=%s %s peak=%g seconds=%.3f points=%d", identity, episode.channel,
+                    episode.peak, (episode.cleared - episode.onset) / 1e6, episode.points,
+                )  # fmt: skip
 
     def tick(self, now: float) -> None:
         if now - self.since >= 1.0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import sys
 import time
@@ -17,10 +18,11 @@ from typing import Final
 
 import psycopg
 
-from engine import heartbeat, lanes, logs, process, rows, settings
-from engine.columnstore import MIN_POINTS, Columnstore
+from engine import heartbeat, lanes, limits, logs, process, rows, settings
+from engine.backlog import Backlog
+from engine.columnstore import Columnstore
 from engine.connection import Connection, one_line, pause_after
-from engine.consumer import Consumer, SealedConsumer
+from engine.consumer import SealedConsumer
 from engine.drain import (
     MAX_TRANSACTION_POINTS,
     Flush,
@@ -31,9 +33,11 @@ from engine.drain import (
     drain,
     end_blocking_backend,
 )
+from engine.episodes import Monitor
 from engine.heartbeat import Heartbeat, State
 from engine.latest import Latest
 from engine.migrate import find_edition
+from engine.recorder import Recorder
 from engine.ring import Lane, LaneError
 from engine.settings import Settings
 from engine.summary import Summary
@@ -50,12 +54,6 @@ PATIENT_AFTER: Final = 4
 POLL_S: Final = 0.004
 """Between two looks at idle lanes: adds half of itself to the latency; 250 looks a second cost 0.5 % of a core."""
 
-GATHER_S: Final = 0.06
-"""How long points may wait for a batch that goes to the columnstore, if at their rate it is there by then. Without it
-a rate of some 200,000 points/s alternates between the two stores, and leaves chunks to be rewritten."""
-GATHER_LOOK_S: Final = 0.01
-"""How long to look at the rate before believing it."""
-
 # SQLSTATE classes that say "the statement itself cannot succeed": repeating it at once would not help. 22 and 23 are
 # here for what is no row of a COPY, as a constraint that is checked at COMMIT.
 _HOPELESS: Final = ("22", "23", "42", "XX", "0A")
@@ -64,64 +62,13 @@ _LOCK_NOT_AVAILABLE: Final = "55P03"
 log = logging.getLogger("orbitstream.writer")
 
 
-class Drain:
-    """One lane this writer owns, and what it knows of it."""
-
-    def __init__(self, consumer: Consumer, lock: lanes.Lock) -> None:
-        self.consumer, self.lock = consumer, lock
-        self.lane = consumer.lane
-        self.path = consumer.lane.path
-        self.sealed = isinstance(consumer, SealedConsumer)
-        self.attached = False
-        self.blocked = False
-        self.failures = 0
-        self.tail_seen = self.lane.tail
-        self.not_before = 0.0
-        self.waiting_since: float | None = None
-
-    @property
-    def bound(self) -> int:
-        return self.lane.bound or MAX_TRANSACTION_POINTS
-
-    @property
-    def empty(self) -> bool:
-        return not self.sealed and self.lane.head <= self.lane.tail
-
-    def due(self, now: float, batch_size: int, batch_timeout: float, compressing: bool) -> bool:
-        """Tell whether a flush is worth its while, or a point has waited long enough.
-
-        With `compressing`, points that come so fast that a batch for the columnstore will soon be there wait for it.
-        """
-        if now < self.not_before:
-            return False
-        if not self.attached:
-            return True
-        if self.empty:
-            self.waiting_since = None
-            return False
-        if self.waiting_since is None:
-            self.waiting_since = now
-        queued, waited = self.lane.queued_points, now - self.waiting_since
-        if compressing and batch_size <= queued < MIN_POINTS and waited < GATHER_S:
-            return waited >= GATHER_LOOK_S and queued * GATHER_S < MIN_POINTS * waited
-        return queued >= batch_size or waited >= batch_timeout
-
-    def retirable(self, layout: bytes) -> bool:
-        """Tell whether nobody will append to it again and nothing waits in it."""
-        return self.attached and self.empty and (self.lane.layout != layout or self.lane.closed)
-
-    def let_go(self) -> None:
-        self.lane.close()
-        self.lock.release()
-
-
 class Writer:
     """The drain loop over lanes, one database connection, and the log of it."""
 
     def __init__(self, config: Settings, url: str, index: int, beat: Heartbeat) -> None:
         self.config, self.url, self.index, self.beat = config, url, index, beat
         self.layout = rows.layout()
-        self.drains: dict[Path, Drain] = {}
+        self.drains: dict[Path, Backlog] = {}
         self.resting: dict[Path, float] = {}  # stopped lanes, and when to look at them again
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
@@ -131,6 +78,8 @@ class Writer:
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
         self.summary = Summary(log)
+        self.monitor = Monitor(limits.of_settings(config))
+        self.recorder = Recorder(config.lane_dir, config.node, stats=index == 0)
 
     def stop(self, *_: object) -> None:
         """Ask the loop to drain what is there and end (signal handler)."""
@@ -148,9 +97,12 @@ class Writer:
                 self.look_around(now)
             if self.stop_at is not None and (now >= self.stop_at or all(each.empty for each in self.drains.values())):
                 break
-            if not self.pass_over(now):
+            stored = self.pass_over(now)
+            self.record(now)
+            if not stored:
                 time.sleep(POLL_S)
             self.put_latest()
+        self.record(math.inf)
         self.put_latest(ending=True)
         self.summary.flush()
         self.beat.enter(State.ENDED)
@@ -182,7 +134,7 @@ class Writer:
         if claimed is None:
             self.seen_free[path] = now  # somebody holds it
             return
-        self.drains[path] = Drain(*claimed)
+        self.drains[path] = Backlog(*claimed)
         log.debug("took %s, %d points waiting", path.name, claimed[0].lane.queued_points)
 
     def rest(self, path: Path, why: str) -> None:
@@ -195,7 +147,7 @@ class Writer:
         failing = {path for path, mine in self.drains.items() if mine.failures}
         self.beat.set_stopped_lanes(len(failing | self.resting.keys()))
 
-    def finish(self, mine: Drain) -> None:
+    def finish(self, mine: Backlog) -> None:
         """Archive a drained lane that nobody will append to again, and let go of it."""
         mine.waiting_since = None
         if mine.sealed:
@@ -224,6 +176,8 @@ class Writer:
         self.beat.enter(State.CONNECTED)
         log.info("connected to %s", edition)
         self.compare_archive(self.connection)
+        for episode in self.recorder.lasting(self.connection):
+            self.monitor.resume(episode)
         return True
 
     def disconnect(self) -> None:
@@ -265,6 +219,14 @@ class Writer:
             finally:
                 lane.close()
 
+    def record(self, now: float) -> None:
+        """Write down what is due beside the points."""
+        if self.connection is not None:
+            try:
+                self.recorder.tick(now, self.connection)
+            except psycopg.Error as error:
+                self.away(error)
+
     # -- flushing
 
     def pass_over(self, now: float) -> bool:
@@ -301,7 +263,7 @@ class Writer:
             except psycopg.Error as error:
                 self.away(error)
 
-    def flush(self, mine: Drain) -> bool:
+    def flush(self, mine: Backlog) -> bool:
         """Run one transaction for a lane; tell whether it settled anything."""
         assert self.connection is not None
         try:
@@ -320,7 +282,7 @@ class Writer:
             return False
         return True
 
-    def attach(self, connection: Connection, mine: Drain) -> None:
+    def attach(self, connection: Connection, mine: Backlog) -> None:
         """Make sure that the lane and the database belong together, before its first flush on this connection."""
         consumer = mine.consumer
         if mine.blocked:
@@ -333,23 +295,25 @@ class Writer:
         if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
             log.error("%s lost records when the power went; its file is kept in the archive", mine.path.name)
 
-    def attempt(self, connection: Connection, mine: Drain) -> Flush | None:
+    def attempt(self, connection: Connection, mine: Backlog) -> Flush | None:
         consumer = mine.consumer
         assert self.columnstore is not None
         if mine.failures >= PATIENT_AFTER:
             connection.be_patient(mine.failures - PATIENT_AFTER + 1)
         begun = time.monotonic()
         try:
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.columnstore)
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, self.columnstore)
         except PointRefusedError as error:
             log.warning("%s: looking for the point that is refused: %s", mine.path.name, one_line(error))
             connection.execute("ROLLBACK")
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.columnstore, careful=True)
+            flushed = drain(
+                connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, self.columnstore, careful=True
+            )
         if flushed is not None:
             self.note(mine, flushed, time.monotonic() - begun)
         return flushed
 
-    def note(self, mine: Drain, flushed: Flush, seconds: float) -> None:
+    def note(self, mine: Backlog, flushed: Flush, seconds: float) -> None:
         """Count a flush and let the lane's bound grow back."""
         now = now_us()
         self.failures = mine.failures = 0
@@ -357,7 +321,7 @@ class Writer:
         bound = mine.lane.bound
         if bound:
             mine.consumer.set_bound(0 if bound * 2 >= MAX_TRANSACTION_POINTS else bound * 2)
-        self.beat.committed(flushed.committed, now, now - flushed.received)
+        self.beat.committed(flushed.committed, now, now - flushed.received, int(seconds * 1e6))
         if flushed.compressed:
             self.beat.compressed(flushed.committed)
         if flushed.dead_lettered:
@@ -366,9 +330,14 @@ class Writer:
         if flushed.columns is not None:
             self.latest.add(flushed.columns, flushed.received)
         self.summary.add(flushed)
+        if flushed.columns is not None:
+            self.beat.anomalous(int(flushed.columns.is_anomaly.sum()))
+            changed = self.monitor.advance(flushed.columns)
+            self.summary.tell(changed)
+            self.recorder.add(changed)
         log.debug("flush lane=%s points=%d ms=%.1f", mine.path.name, flushed.committed, seconds * 1000)
 
-    def failed(self, mine: Drain, error: psycopg.Error) -> None:
+    def failed(self, mine: Backlog, error: psycopg.Error) -> None:
         """Close the connection, as after any error, and decide when this lane, or all of them, are tried again."""
         assert self.connection is not None
         if (error.sqlstate or "").startswith(_HOPELESS):
@@ -391,7 +360,7 @@ class Writer:
             "%s: next attempt in %.2f s (%s): %s", mine.path.name, pause, error.sqlstate, one_line(error)
         )
 
-    def stop_lane(self, mine: Drain, why: str) -> None:
+    def stop_lane(self, mine: Backlog, why: str) -> None:
         """Give a lane up until its rest is over; its lock is freed for `orbitstream lanes resume`."""
         self.disconnect()
         self.beat.failed()

@@ -73,12 +73,14 @@ def stat(id: int, size: tuple[int, int], title: str, description: str, sql: str,
 
 def timeseries(
     id: int, size: tuple[int, int], title: str, description: str, sql: str, *, unit: str,
-    lines: tuple[tuple[str, float], ...] = (), points: int = 300, interval: str = "1s", bars: bool = False,
+    lines: tuple[tuple[str, float], ...] = (), area: str = "", points: int = 300, interval: str = "1s",
+    bars: bool = False,
     field: Json | None = None, **more: Any,
 ) -> Json:  # fmt: skip
     """Return a panel of curves.
 
-    `lines` are (colour, value) to be drawn across; `points` bounds the number of intervals, `interval` their length.
+    `lines` are (colour, value) to be drawn across; with `area` (above, below) what is beyond is coloured.
+    `points` bounds the number of intervals, `interval` their length.
     """
     custom = {
         "axisLabel": "",
@@ -91,7 +93,7 @@ def timeseries(
         "showPoints": "never",
         "spanNulls": False,
         "stacking": {"group": "A", "mode": "none"},
-        "thresholdsStyle": {"mode": "dashed" if lines else "off"},
+        "thresholdsStyle": {"mode": "line+area" if area else "dashed" if lines else "off"},
     }
     options = {
         "legend": {"calcs": [], "displayMode": "list", "placement": "bottom", "showLegend": True},
@@ -99,8 +101,15 @@ def timeseries(
     }
     field = {"color": {"mode": "palette-classic"}, **(field or {})}
     return panel("timeseries", id, size, title, description, sql, format="time_series", unit=unit,
-                 limit=thresholds(("transparent", None), *lines), custom=custom, options=options, field=field,
+                 limit=_areas(lines, area), custom=custom, options=options, field=field,
                  interval=interval, maxDataPoints=points, **more)  # fmt: skip
+
+
+def _areas(lines: tuple[tuple[str, float], ...], area: str) -> Json:
+    if area == "below":
+        [(color, value)] = lines
+        return thresholds((color, None), ("transparent", value))
+    return thresholds(("transparent", None), *lines)
 
 
 def table(id: int, size: tuple[int, int], title: str, description: str, sql: str, *, overrides: list[Json],
@@ -131,7 +140,31 @@ def place(panels: list[Json]) -> list[Json]:
     return panels
 
 
-def board(uid: str, title: str, description: str, panels: list[Json], variables: list[Json]) -> Json:
+def variable(name: str, label: str, description: str, sql: str, *, multi: bool) -> Json:
+    """Return a variable whose options are asked for whenever the range changes."""
+    return {
+        "name": name,
+        "label": label,
+        "description": description,
+        "type": "query",
+        "datasource": SOURCE,
+        "definition": sql,
+        "query": sql,
+        "refresh": 2,
+        "multi": multi,
+        "includeAll": False,
+        "sort": 0,
+        "regex": "",
+        "hide": 0,
+        "current": {},
+        "options": [],
+    }
+
+
+def board(
+    uid: str, title: str, description: str, panels: list[Json], variables: list[Json],
+    *, span: str = "now-15m", refresh: str = "5s",
+) -> Json:  # fmt: skip
     """Return a dashboard: provisioned, so not editable; fast enough to watch; in UTC as the data are."""
     return {
         "uid": uid,
@@ -143,11 +176,12 @@ def board(uid: str, title: str, description: str, panels: list[Json], variables:
         "editable": False,
         "graphTooltip": 1,
         "timezone": "utc",
-        "refresh": "5s",
-        "time": {"from": "now-15m", "to": "now"},
+        "refresh": refresh,
+        "time": {"from": span, "to": "now"},
         "timepicker": {"refresh_intervals": ["5s", "10s", "30s", "1m", "5m"]},
         "annotations": {"list": []},
-        "links": [],
+        "links": [{"type": "dashboards", "title": "OrbitStream", "tags": ["orbitstream"], "asDropdown": True,
+                   "includeVars": False, "keepTime": True}],
         "templating": {"list": variables},
         "panels": place(panels),
-    }
+    }  # fmt: skip

@@ -66,11 +66,3 @@ CREATE TABLE aggregate_floor (
     raw_whole_from  timestamptz NOT NULL
 );
 INSERT INTO aggregate_floor (raw_whole_from) VALUES ('-infinity');
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_read') THEN
-        GRANT SELECT ON satellite_stats, satellite_stats_hourly, satellite_stats_daily TO orbitstream_read;
-    END IF;
-END
-$$;

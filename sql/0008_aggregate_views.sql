@@ -33,11 +33,3 @@ BEGIN
     END LOOP;
 END
 $$;
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_read') THEN
-        GRANT SELECT ON satellite_stats, satellite_stats_hourly, satellite_stats_daily TO orbitstream_read;
-    END IF;
-END
-$$;

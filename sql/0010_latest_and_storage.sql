@@ -21,17 +21,3 @@ CREATE TABLE storage_stats (
 COMMENT ON TABLE storage_stats IS 'A sample each minute, kept as long as the 5-minute aggregates.';
 COMMENT ON COLUMN storage_stats.points IS 'Rows of telemetry, as the planner estimates them.';
 COMMENT ON COLUMN storage_stats.disk_free_bytes IS 'Of the disk of the database; NULL where the service runs elsewhere.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_owner') THEN
-        GRANT ALL ON satellite_latest, storage_stats TO orbitstream_owner;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_ingest') THEN
-        GRANT SELECT, INSERT, UPDATE ON satellite_latest TO orbitstream_ingest;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_read') THEN
-        GRANT SELECT ON satellite_latest, storage_stats TO orbitstream_read;
-    END IF;
-END
-$$;

@@ -81,6 +81,7 @@ def test_a_flush_waits_for_size_or_age(service: Service) -> None:
         ({"DATABASE_URL": "nonsense"}, "DATABASE_URL"),
         ({"ORBITSTREAM_LANE_DIR": "/proc/lanes"}, "/proc/lanes"),
         ({"ORBITSTREAM_HOST": "0.0.0.0"}, "ORBITSTREAM_HOST"),
+        ({"ORBITSTREAM_LIMITS_FILE": "/nowhere.toml"}, "ORBITSTREAM_LIMITS_FILE"),
     ],
 )
 def test_a_bad_setting_stops_the_start_with_one_line(service: Service, environment: dict[str, str], names: str) -> None:

@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "points": {"channels", "rows", "timestamps"},
     "arrow_ipc": {"channels", "points", "rows"},
     "decode": {"arrow_ipc", "channels", "points", "rows"},
-    "limits": {"rows"},
+    "limits": {"channels", "rows"},
+    "episodes": {"limits", "rows"},
     "copy_format": {"rows"},
     "problems": {"points"},
     "body": {"problems"},
@@ -37,6 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "guard": {"problems", "tokens"},
     "openapi": {"body", "channels", "keys", "points", "problems", "tokens"},
     "health": {"heartbeat", "lanes", "timestamps"},
+    "stats": {"heartbeat", "lanes", "ring"},
+    "metrics": {"heartbeat", "stats"},
+    "top": {"heartbeat", "recorder", "stats"},
+    "recorder": {"episodes", "heartbeat", "limits", "stats"},
     "answers": {"prefer", "producer"},
     "http_head": {"problems"},
     "http_connection": {"http_head", "problems"},
@@ -50,8 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "http_worker": {"event_loop"},
     "app": {
-        "answers", "body", "decode", "guard", "health", "keys", "lanes", "limits", "openapi", "points", "prefer",
-        "problems", "producer", "ring", "rows", "timestamps", "tokens",
+        "answers", "body", "decode", "guard", "health", "keys", "lanes", "metrics", "openapi", "points", "prefer",
+        "problems", "producer", "ring", "rows", "stats", "timestamps", "tokens",
     },
     "dead_letters": {"rows"},
     "keys": set(),
@@ -61,12 +66,14 @@ ALLOWED: dict[str, set[str]] = {
     "drain": {"columnstore", "copy_format", "dead_letters", "rows", "settlement", "timestamps"},
     "policies": set(),
     "migrate": {"policies"},
-    "maintenance": {"migrate", "policies", "settlement"},
+    "samples": set(),
+    "maintenance": {"migrate", "policies", "samples", "settlement"},
     "connection": set(),
-    "summary": {"drain"},
+    "summary": {"drain", "episodes", "limits"},
+    "backlog": {"columnstore", "consumer", "drain", "lanes"},
     "writer": {
-        "columnstore", "connection", "consumer", "drain", "heartbeat", "lanes", "latest", "migrate", "ring", "rows",
-        "summary", "timestamps",
+        "backlog", "columnstore", "connection", "consumer", "drain", "episodes", "heartbeat", "lanes", "latest",
+        "limits", "migrate", "recorder", "ring", "rows", "summary", "timestamps",
     },
     "installations": set(),
     "embedded_home": {"installations"},
@@ -80,8 +87,8 @@ ALLOWED: dict[str, set[str]] = {
     "trial": {"copy_format", "heartbeat", "lanes", "rig", "rows"},
     "capacity": {"migrate", "rig", "trial"},
     "__main__": {
-        "capacity", "demo", "embedded", "health", "heartbeat", "installations", "lanes", "migrate", "operate",
-        "supervisor", "ring", "tokens", "writer",
+        "capacity", "demo", "embedded", "health", "heartbeat", "installations", "lanes", "limits", "migrate",
+        "operate", "ring", "supervisor", "tokens", "top", "writer",
     },
 }  # fmt: skip
 ANYWHERE = {"settings", "process", "logs", "failpoints", "__init__"}
@@ -119,7 +126,8 @@ def test_the_web_side_and_the_writer_do_not_know_each_other() -> None:
         return reachable[module]
 
     assert not {"writer", "drain", "copy_format"} & reach("app")
-    assert not {"app", "decode", "limits"} & reach("writer")
+    assert not {"app", "decode"} & reach("writer")
+    assert "limits" not in reach("app"), "what is anomalous is decided where the points of all workers meet"
 
 
 def test_the_simulator_knows_the_service_by_http_alone() -> None:

@@ -19,7 +19,10 @@ SOURCE = {"type": "grafana-postgresql-datasource", "uid": "orbitstream"}
 
 # Of Grafana's units (packages/grafana-data/src/valueFormats/categories.ts) those in use; a text after `suffix:` is
 # shown as it is.
-UNITS = {"none", "short", "percent", "percentunit", "decbytes", "decmbytes", "dBm", "s", "rowsps"}
+UNITS = {
+    "none", "short", "percent", "percentunit", "bytes", "decmbytes", "dBm", "s", "ms", "µs", "rowsps", "ops", "Bps",
+    "celsius", "volt", "lengthkm", "velocitykmh", "degree",
+}  # fmt: skip
 
 # Macros of the PostgreSQL data source that mean the same with and without TimescaleDB. $__timeGroup does not.
 MACROS = {"__timeFilter", "__timeFrom", "__timeTo"}
@@ -61,7 +64,7 @@ def test_uids_are_unique_and_fit() -> None:
 def test_a_board_is_read_only_and_live(board: dict[str, Any]) -> None:
     assert board["schemaVersion"] == 42
     assert board["editable"] is False
-    assert board["refresh"] == "5s"
+    assert board["refresh"] == ("5s" if board["uid"].endswith(("capacity", "fleet")) else board["refresh"]) != ""
     assert board["title"] and board["description"]
     assert "orbitstream" in board["tags"]
     assert "id" not in board  # of one installation: provisioning gives it
@@ -96,7 +99,9 @@ def test_a_panel_is_described_and_has_a_unit(panel: dict[str, Any]) -> None:
 def test_a_panel_asks_our_data_source_once(panel: dict[str, Any]) -> None:
     [target] = panel["targets"]
     assert panel["datasource"] == target["datasource"] == SOURCE
-    assert target["format"] == ("time_series" if panel["type"] == "timeseries" else "table")
+    assert target["format"] == (
+        "time_series" if panel["type"] in ("timeseries", "heatmap", "status-history", "state-timeline") else "table"
+    )
     assert target["rawQuery"] is True
 
 
@@ -126,10 +131,15 @@ def test_queries_use_macros_that_every_edition_runs(sql: str) -> None:
 
 @each_query
 def test_queries_are_bounded(sql: str) -> None:
-    """Each reads telemetry within the range of the board, or the ledger, which has a row a lane."""
+    """The points are read for single satellites only; what grows by seconds, minutes or episodes, within the range."""
     for reading in re.split(r"\bFROM telemetry\b", sql)[1:]:
-        condition = reading.partition("FROM")[0]
-        assert "$__timeFilter(time)" in condition or "time > $__timeTo()" in condition
+        assert "satellite_id IN (${satellite:sqlstring})" in reading or "satellite_id = fullest" in reading
+        assert "$__timeFilter(time)" in reading or "LIMIT 1" in reading
+    for table in ("engine_stats", "fleet_stats", "database_stats", "storage_stats", "satellite_stats"):
+        for reading in re.split(rf"\bFROM {table}\b", sql)[1:]:
+            assert "$__time" in reading or "AND time = (" in reading
+    for reading in re.split(r"\bFROM anomaly_event\b", sql)[1:]:
+        assert "onset" in reading or "cleared_at IS NULL" in reading
 
 
 def test_the_colours_follow_the_default_limits() -> None:
@@ -139,13 +149,44 @@ def test_the_colours_follow_the_default_limits() -> None:
         "Storage used": config.anomaly_storage,
         "Signal": config.anomaly_signal,
     }
-    trends = {panel["title"]: panel["fieldConfig"]["defaults"] for _, panel in PANELS if panel["title"] in limits}
-    assert {title: trend["thresholds"]["steps"][1]["value"] for title, trend in trends.items()} == limits
-    [table] = [panel for _, panel in PANELS if panel["title"] == "Most recent anomalies"]
-    for item in table["fieldConfig"]["overrides"]:
-        title, properties = item["matcher"]["options"], {entry["id"]: entry["value"] for entry in item["properties"]}
-        if title in limits:
-            assert properties["thresholds"]["steps"][1]["value"] == limits[title]
+    shown = [
+        (panel["title"].removesuffix(" of the fleet"), panel["fieldConfig"]["defaults"]["thresholds"]["steps"])
+        for _, panel in PANELS
+    ]
+    found = [(title, steps[1]["value"]) for title, steps in shown if title in limits]
+    assert len(found) == 9 and all(value == limits[title] for title, value in found)
+
+
+RULES: list[dict[str, Any]] = provisioned("alerting")["groups"][0]["rules"]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule["uid"] for rule in RULES])
+def test_an_alert_names_its_panel_and_its_runbook(rule: dict[str, Any]) -> None:
+    board = next(board for board in BOARDS.values() if board["uid"] == rule["dashboardUid"])
+    assert rule["panelId"] in {panel["id"] for panel in board["panels"] if panel["type"] != "row"}
+    notes = rule["annotations"]
+    assert (notes["__dashboardUid__"], notes["__panelId__"]) == (rule["dashboardUid"], str(rule["panelId"]))
+    file, _, anchor = notes["runbook_url"].partition("#")
+    headings = re.findall(r"^## (.+)$", (GRAFANA / file.removeprefix("grafana/")).read_text(), re.MULTILINE)
+    assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+    assert rule["title"] and notes["summary"].endswith(".") and rule["labels"]["severity"] in ("warning", "critical")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule["uid"] for rule in RULES])
+def test_an_alert_is_one_query_its_last_value_and_a_threshold(rule: dict[str, Any]) -> None:
+    query, reduce, threshold = rule["data"]
+    assert rule["condition"] == threshold["refId"] == "C"
+    assert query["datasourceUid"] == SOURCE["uid"] and query["model"]["format"] == "time_series"
+    assert reduce["datasourceUid"] == threshold["datasourceUid"] == "__expr__"
+    assert (reduce["model"]["expression"], threshold["model"]["expression"]) == ("A", "B")
+    assert "$" not in query["model"]["rawSql"], "an alert has no range and no variables"
+    assert rule["noDataState"] == "OK" and rule["execErrState"] in ("Error", "Alerting")
+    assert re.fullmatch(r"\d+[sm]", rule["for"])
+
+
+def test_alert_uids_are_unique_and_fit() -> None:
+    uids = [rule["uid"] for rule in RULES]
+    assert len(set(uids)) == len(uids) == 10 and all(len(uid) <= 40 for uid in uids)
 
 
 def test_the_data_source_reads_as_an_account_that_can_only_read() -> None:

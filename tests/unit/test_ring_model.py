@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 import tempfile
 import uuid
 from contextlib import suppress
@@ -236,14 +237,15 @@ class Lanes(RuleBasedStateMachine):
         payload = (self.number.to_bytes(8, "little") * (size // 8 + 1))[:size]
         start, end = model.place(padded(overhead + size))
         sent = Sent(start, end, (payload, points, self.number, key))
-        before = bytes(model.view.map)
+        before, refused = bytes(model.view.map), bytearray(model.view.map)
+        struct.pack_into("<Q", refused, 8 * ring.REFUSED, model.view.refused_points + points)
         self.fate.stores, self.fate.share = fate.stores, fate.share
         try:
             got = producer.publish([payload[: size // 3], payload[size // 3 :]], points, self.number, key)
             got.sync()
         except LaneFullError:
             assert end - model.tail > CAPACITY
-            assert bytes(model.view.map) == before
+            assert bytes(model.view.map) == refused, "it is counted, and nothing else"
             return
         except LaneFailedError:
             assert self.failed and bytes(model.view.map) == before

@@ -17,14 +17,3 @@ COMMENT ON COLUMN capacity.knee_points_per_second IS
 COMMENT ON COLUMN capacity.drain_points_per_second IS 'Commits while the lanes were never empty.';
 COMMENT ON COLUMN capacity.copy_points_per_second IS 'The same rows by COPY alone, in the same run.';
 COMMENT ON COLUMN capacity.seconds_until_full IS 'At twice the knee; null: the edge cannot take that much.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_owner') THEN
-        GRANT ALL ON capacity TO orbitstream_owner;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'orbitstream_read') THEN
-        GRANT SELECT ON capacity TO orbitstream_read;
-    END IF;
-END
-$$;

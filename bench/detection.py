@@ -1,0 +1,121 @@
+"""Score the detection of anomalies against the simulator's ground truth: python bench/detection.py [--minutes 20]
+
+The readings of a fleet at 10,000 points/s go through the same Monitor as a writer's, in transactions of 20 ms that come
+from two lanes, the second late by one transaction. An injected episode is a satellite's run of readings with one kind
+of anomaly, as far as a reading of it is beyond a limit; it is found if an episode of that satellite overlaps it. A
+found episode that overlaps no injected one is false.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+from engine import limits, settings
+from engine.episodes import Episode, Monitor
+from engine.rows import Columns
+from simulator.anomalies import Anomaly, beyond_limits
+from simulator.fleet import Fleet, satellite_ids
+
+SATELLITES, STEP_US, FLUSH_US = 1000, 100_000, 20_000
+NAMES = ("battery_charge_percent", "storage_usage_mb", "signal_strength_dbm")
+START_US = 1_790_000_000_000_000
+
+
+def main() -> int:
+    """Print the score as one JSON object."""
+    parser = argparse.ArgumentParser(description="Score the detection of anomalies against the simulator's truth.")
+    parser.add_argument("--minutes", type=int, default=20, help="simulated time (%(default)s)")
+    parser.add_argument("--anomaly-rate", type=float, default=0.01, help="share of the readings (%(default)s)")
+    options = parser.parse_args()
+    fleet = Fleet(0, SATELLITES, seed=1, anomaly_rate=options.anomaly_rate)
+    ids = satellite_ids(0, SATELLITES, SATELLITES)
+    monitor = Monitor(limits.of_settings(settings.load({})))
+    found: dict[int, Episode] = {}
+    truth: list[tuple[np.ndarray, ...]] = []
+    seconds, points = 0.0, 0
+    satellite = np.arange(SATELLITES)
+    waiting: list[Columns] = []
+    for step in range(options.minutes * 600):
+        moments = START_US + step * STEP_US + satellite * STEP_US // SATELLITES
+        readings = fleet.read(satellite, moments)
+        heard = readings.anomaly != Anomaly.SILENCE
+        truth.append((satellite[heard], moments[heard], readings.anomaly[heard], beyond_limits(readings.values)[heard]))
+        values = readings.values / 100.0
+        flush = (moments - START_US) // FLUSH_US
+        for number in np.unique(flush).tolist():
+            for lane in (0, 1):
+                chosen = np.flatnonzero(heard & (flush == number) & ((satellite // 7 + step) % 2 == lane))
+                if not len(chosen):
+                    continue
+                columns = Columns(
+                    moments[chosen], ids[chosen], {name: values[row][chosen] for row, name in enumerate(NAMES)},
+                    np.zeros(len(chosen), np.bool_),
+                )  # fmt: skip
+                waiting.append(columns)
+                if lane == 1 and len(waiting) < 3:
+                    continue
+                columns = waiting.pop(0)
+                begun = time.process_time()
+                monitor.mark(columns)
+                for episode in monitor.advance(columns):
+                    found[id(episode)] = episode
+                seconds += time.process_time() - begun
+                points += len(columns)
+    report = score(truth, list(found.values()), SATELLITES * options.minutes / 1440)
+    print(
+        json.dumps(
+            {**report, "points": points, "us_a_point_in_transactions_of_20_ms": round(seconds / points * 1e6, 3)}
+        )
+    )
+    return 0
+
+
+def injected(truth: list[tuple[np.ndarray, ...]]) -> dict[int, list[tuple[int, int, int]]]:
+    """Return for each satellite its injected episodes with a reading beyond a limit: (first, last time, kind)."""
+    satellite, moment, kind, beyond = (np.concatenate(parts) for parts in zip(*truth, strict=True))
+    order = np.lexsort((moment, satellite))
+    satellite, moment, kind, beyond = satellite[order], moment[order], kind[order], beyond[order]
+    cut = np.flatnonzero((satellite[1:] != satellite[:-1]) | (kind[1:] != kind[:-1])) + 1
+    episodes: dict[int, list[tuple[int, int, int]]] = {}
+    for run in np.split(np.arange(len(satellite)), cut):
+        if kind[run[0]] != Anomaly.NONE and beyond[run].any():
+            place = int(satellite[run[0]])
+            episodes.setdefault(place, []).append((int(moment[run[0]]), int(moment[run[-1]]), int(kind[run[0]])))
+    return episodes
+
+
+def score(truth: list[tuple[np.ndarray, ...]], found: list[Episode], satellite_days: float) -> dict[str, object]:
+    expected = injected(truth)
+    by_satellite: dict[int, list[Episode]] = {}
+    for episode in found:
+        by_satellite.setdefault(int(episode.satellite[4:]), []).append(episode)
+    kinds: dict[str, list[int]] = {}
+    matched: set[int] = set()
+    for satellite, episodes in expected.items():
+        for begin, end, kind in episodes:
+            hits = [each for each in by_satellite.get(satellite, ())
+                    if each.onset <= end and (each.cleared or 1 << 62) >= begin]  # fmt: skip
+            matched.update(map(id, hits))
+            counts = kinds.setdefault(Anomaly(kind).name.lower(), [0, 0])
+            counts[0] += 1
+            counts[1] += bool(hits)
+    total, hit = (sum(counts[place] for counts in kinds.values()) for place in (0, 1))
+    false = sum(1 for each in found if id(each) not in matched)
+    lasting = {name: counts for name, counts in kinds.items() if name != "spike"}
+    return {
+        "injected": total, "found_share": round(hit / total, 4),
+        "lasting": sum(counts[0] for counts in lasting.values()),
+        "lasting_found_share": round(
+            sum(counts[1] for counts in lasting.values()) / max(1, sum(counts[0] for counts in lasting.values())), 4),
+        "by_kind": {name: {"injected": counts[0], "found": counts[1]} for name, counts in sorted(kinds.items())},
+        "episodes": len(found), "false": false, "satellite_days": round(satellite_days, 2),
+        "false_per_satellite_day": round(false / satellite_days, 3),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
