@@ -127,6 +127,8 @@ MUST_NOT = {
         "DELETE FROM idempotency_key",
         "DELETE FROM dead_letter",
         "UPDATE dead_letter SET replayed_at = now()",
+        "DELETE FROM anomaly_event",
+        "DELETE FROM engine_stats",
         "UPDATE orbitstream_database SET created_at = now()",
         "INSERT INTO orbitstream_migration VALUES (0, '', '', '')",
         "CREATE TABLE mine ()",
@@ -173,11 +175,17 @@ MUST = {
         " VALUES ('', 'mine', '', gen_random_uuid(), 0) ON CONFLICT (scope, key) DO UPDATE SET created_at = now()",
         "INSERT INTO dead_letter (reason, detail, point, lane, position) VALUES ('', '', '{}', gen_random_uuid(), 0)",
         "SELECT id FROM orbitstream_database",
+        "INSERT INTO engine_stats (time, node, process, name, first_of_minute, alive)"
+        " VALUES (now(), '', 'writer', '', false, true)",
+        "INSERT INTO anomaly_event (satellite_id, channel, severity, kind, limit_value, onset, peak, peak_at, points)"
+        " VALUES ('A', '', 'warning', 'below', 1, now(), 0, now(), 1)",
+        "UPDATE anomaly_event SET cleared_at = now()",
     ],
     "grafana": [
         "SELECT count(*) FROM telemetry",
         "SELECT * FROM ingest_progress",
         "SELECT * FROM dead_letter",
+        "SELECT FROM engine_stats, anomaly_event, fleet_stats, database_stats, storage_stats, capacity, background_job",
         "SELECT datname, numbackends FROM pg_stat_database",
     ],
     "migrator": [
