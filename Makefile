@@ -21,6 +21,7 @@ crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random
 bench: .venv/bench  ## what each stage costs, and the whole against COPY alone and simpler designs (about 5 minutes)
 	$(BIN)/python -m pytest -q -p no:randomly bench --benchmark-max-time 0.5
 	$(BIN)/python -m bench.ingest
+	$(BIN)/python -m bench.edge
 	$(BIN)/python -m bench.peers
 	$(BIN)/orbitstream capacity --output bench/results
 

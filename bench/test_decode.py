@@ -17,12 +17,10 @@ import pytest
 
 from engine import rows
 from engine.decode import Decoder
-from engine.limits import Limits
 from engine.timestamps import now_us
 
 NOW = now_us()
 DECODER = Decoder(max_points=100_000, oldest_us=30 * 86_400_000_000)
-LIMITS = Limits(battery_below=10, storage_above=95_000, signal_below=-100)
 FORMATS = ("json", "columnar", "ndjson", "arrow", "arrow-dictionary")
 
 
@@ -63,9 +61,7 @@ def case(form: str, count: int) -> Callable[[], list[bytes]]:
     }[form]()
 
     def run() -> list[bytes]:
-        columns = decode(body, NOW)
-        columns.is_anomaly = LIMITS.flags(columns)
-        return rows.pack(columns)
+        return rows.pack(decode(body, NOW))
 
     return run
 

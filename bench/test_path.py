@@ -18,7 +18,6 @@ import pytest
 from engine import copy_format, migrate, rig, ring, rows, settings
 from engine.channels import CHANNELS
 from engine.consumer import Consumer
-from engine.limits import Limits
 from engine.producer import Producer
 from engine.ring import Lane
 from engine.rows import Columns
@@ -40,12 +39,6 @@ def columns(count: int, start: int = 0) -> Columns:
         values={name: dice.uniform(20.0, 90.0, count) for name in required},
         is_anomaly=np.zeros(count, np.bool_),
     )
-
-
-def test_limits(benchmark: Any) -> None:
-    limits = Limits(battery_below=10, storage_above=95_000, signal_below=-100)
-    points = columns(POINTS)
-    assert len(benchmark(limits.flags, points)) == POINTS
 
 
 @pytest.fixture

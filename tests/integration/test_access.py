@@ -53,10 +53,11 @@ def test_a_token_opens_what_its_scopes_name(service: Service) -> None:
     get_in(service, both)
     for path, body in (("/telemetry", POINT), ("/telemetry/batch", [POINT])):
         assert service.post(path, body, bearer(writer))[0] == 202
-    assert service.request("GET", "/health", None, bearer(both))[0] in (200, 503)
-    status, problem, headers = service.request("GET", "/health", None, bearer(writer))
-    assert (status, problem["type"].rpartition(":")[2]) == (403, "forbidden")
-    assert 'error="insufficient_scope", scope="read"' in headers["www-authenticate"]
+    for path in ("/health", "/metrics"):
+        assert service.request("GET", path, None, bearer(both))[0] in (200, 503)
+        status, problem, headers = service.request("GET", path, None, bearer(writer))
+        assert (status, problem["type"].rpartition(":")[2]) == (403, "forbidden")
+        assert 'error="insufficient_scope", scope="read"' in headers["www-authenticate"]
     for path in ("/health/live", "/health/ready", "/openapi.json"):
         assert service.get(path)[0] == 200
     listed = service.run("token", "list").stdout
@@ -76,7 +77,7 @@ def test_a_token_opens_what_its_scopes_name(service: Service) -> None:
 )
 def test_no_token_or_a_bad_one_is_401(service: Service, header: str | None, challenge: str) -> None:
     headers = {} if header is None else {"Authorization": header}
-    for method, path in (("POST", "/telemetry"), ("POST", "/telemetry/batch"), ("GET", "/health")):
+    for method, path in (("POST", "/telemetry"), ("POST", "/telemetry/batch"), ("GET", "/health"), ("GET", "/metrics")):
         status, problem, names = service.request(method, path, b"not json", headers)
         assert (status, names["content-type"]) == (401, MEDIA_TYPE)
         assert names["www-authenticate"] == challenge

@@ -113,7 +113,7 @@ INVALID: dict[str, tuple[dict[str, Any], str, str]] = {
     "leap second": ({"timestamp": "2026-06-30T23:59:60Z"}, "/timestamp", "invalid-timestamp"),
     "year 0": ({"timestamp": "0000-01-01T00:00:00Z"}, "/timestamp", "invalid-timestamp"),
     "year 10000": ({"timestamp": "10000-01-01T00:00:00Z"}, "/timestamp", "invalid-timestamp"),
-    "future": ({"timestamp": stamp(minutes=6)}, "/timestamp", "timestamp-in-future"),
+    "future": ({"timestamp": stamp(days=1)}, "/timestamp", "timestamp-in-future"),
     "old": ({"timestamp": stamp(days=-31)}, "/timestamp", "timestamp-too-old"),
 }
 SINGLE = "/telemetry"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from engine import rows
 from engine.decode import Decoder
 from engine.points import DecodeError, Rejects
 from engine.timestamps import now_us
+from tests.memory import forget_peak, peak_mib
 from tests.service import POINT
 
 DAY = 86_400_000_000
@@ -196,9 +196,11 @@ def test_a_column_twice_is_refused() -> None:
 def test_many_rows_of_long_texts_cost_no_memory() -> None:
     """One text of 8 MiB, named by every row: 8 GB if it were copied."""
     ids = pa.DictionaryArray.from_arrays(pa.array([0] * 900 + [1] * 100), pa.array(["x" * (8 << 20), "fine"]))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert refusal(stream(points(1000, satellite_id=ids))).faults[0].code == "invalid-id"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    body = stream(points(1000, satellite_id=ids))
+    forget_peak()
+    before = peak_mib()
+    assert refusal(body).faults[0].code == "invalid-id"
+    assert peak_mib() - before < 100
 
 
 FUZZ = """
@@ -234,9 +236,7 @@ for _ in range({rounds}):
         taken += 1
     except DecodeError:
         refused += 1
-# Not ru_maxrss: that begins with what the process was before it became this program.
-[peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM:")]
-print(taken, refused, int(peak.split()[1]) >> 10)
+print(taken, refused, int(peak_mib()))
 """
 
 

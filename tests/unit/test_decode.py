@@ -312,8 +312,9 @@ def test_no_json_raises_anything_but_a_decode_error(value: Any) -> None:
 
 
 HOSTILE = """
-import resource, sys
+import sys
 sys.path.insert(0, {here!r})
+from tests.memory import peak_mib
 from engine.decode import Decoder
 from engine.points import DecodeError
 decoder = Decoder(max_points=100_000, oldest_us=10**18)
@@ -322,7 +323,7 @@ bodies = [b"[" + item * (size // len(item)) + b"0]" for item in (b"[],", b"{{}},
 bodies.append(b"{{" + b",".join(b'"%x":1' % i for i in range(size // 10)) + b"}}")
 bodies.append(b'{{"satellite_id":[' + b"0," * (size // 2 - 20) + b"0]}}")
 bodies.append(b"\\n" * size)
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = peak_mib()
 for body in bodies:
     for decode in (decoder.json_batch, decoder.ndjson_batch):
         try:
@@ -330,7 +331,7 @@ for body in bodies:
             raise SystemExit("taken")
         except DecodeError:
             pass
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) >> 10)
+print(int(peak_mib() - base))
 """
 
 
