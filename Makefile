@@ -13,7 +13,7 @@ demo: .venv/embedded  ## run database, service and simulator for 10 s and prove 
 
 test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (under 5 minutes)
 	$(BIN)/python -m pytest -q -n 2 tests/unit
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration
 
 crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random kills; writes crash-report.json
 	ORBITSTREAM_CRASH_LONG=1 ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \

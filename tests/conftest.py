@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -49,8 +50,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"not asked for: {', '.join(missing)} (ORBITSTREAM_TEST_EDITIONS)")
 
 
-def pytest_sessionfinish(exitstatus: int) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     long_run.write(exitstatus)
+    if hasattr(session.config, "workeroutput"):  # one of several processes (-n): the first one prints
+        session.config.workeroutput["covered"] = sorted(_covered)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _covered.update(getattr(node, "workeroutput", {}).get("covered", ()))
 
 
 @pytest.fixture(scope="session")

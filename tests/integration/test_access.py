@@ -141,7 +141,7 @@ def test_the_simulator_gets_in_with_a_token(service: Service) -> None:
     get_in(service, token)
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "simulator", "--api-url", f"http://127.0.0.1:{service.port}", "--points", "200",
-         "--batch", "100", "--rate", "0", "--json", "--quiet"],
+         "--batch", "100", "--rate", "0", "--anomaly-rate", "0", "--json", "--quiet"],
         env={**os.environ, "ORBITSTREAM_TOKEN": token}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
