@@ -113,7 +113,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_the_port_is_free(service: Ser
 
 def test_a_writer_stopped_and_continued_is_replaced_and_does_no_harm(service: Service) -> None:
     service.start()
-    loads = loads_on(service)
+    loads = loads_on(service, 1, batch=10)  # little, so that it is the takeover that takes the time
     (writer,) = service.writers()
     begun = time.monotonic()
     kill([writer], signal.SIGSTOP)
