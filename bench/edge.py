@@ -57,7 +57,7 @@ def load(url: str, points: int, seconds: float, connections: int) -> dict[str, A
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", told)
     latency = {f"p{share}_ms": float(value) * UNITS[unit] for share, value, unit in
-               re.findall(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s)$", told, re.MULTILINE)}  # fmt: skip
+               re.findall(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s)\s*$", told, re.MULTILINE)}  # fmt: skip
     return {
         "requests_per_second": float(re.findall(r"Requests/sec:\s+([\d.]+)", told)[0]),
         "requests": int(re.findall(r"(\d+) requests in", told)[0]),
