@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # imported where it is used: 20 MB that a supervisor has no n
     import pyarrow as pa
 
 SHOWN_KEYS: Final = 10
+DRAIN_S: Final = 300
+"""What was accepted is to be compared with rows, not with what still waits: a minute of full load may wait."""
 
 
 @dataclass(slots=True)
@@ -174,6 +176,7 @@ def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str
             "ORBITSTREAM_WORKERS": str(options.workers),
             "ORBITSTREAM_WRITERS": str(options.writers),
             "LOG_LEVEL": "error",
+            "ORBITSTREAM_DRAIN_TIMEOUT": f"{DRAIN_S}s",
         }
         with rig.service(overrides, lane_dir) as (service, url):
             _say(f"the service answers on {url}; sending for {options.duration:g} s")
@@ -181,7 +184,7 @@ def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str
             report = _simulate(url, sent_log, options)
             _say("stopping the service: it drains its lanes")
             service.send_signal(signal.SIGTERM)
-            if service.wait(60) != 0:
+            if service.wait(DRAIN_S + 60) != 0:
                 raise RigError(f"the service ended with exit code {service.returncode}")
         bins = sum(beat.latency_bins for beat in heartbeat.read_all(lane_dir))
         _say("comparing what was sent with what is stored")
