@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 
 from bench import results
-from engine import migrate, rig, settings, trial
+from engine import migrate, rig, settings
 
 POINT = '{"satellite_id":"SAT-%06d","battery_charge_percent":80.5,"storage_usage_mb":1000,"signal_strength_dbm":-70}'
 SCRIPT = """
@@ -71,7 +71,7 @@ def measure(case: str, dsn: str, options: argparse.Namespace, *, rate: float | N
     worker_class, durability, points = CASES[case]
     parent = Path("/var/tmp" if durability == "disk" else "/dev/shm")
     lane_dir = rig.private_folder(parent, "orbitstream-edge", 0o700)
-    overrides = trial.overrides(dsn, lane_dir, options) | {
+    overrides = rig.overrides(dsn, lane_dir, options.workers, options.writers) | {
         "ORBITSTREAM_DURABILITY": durability,
         "ORBITSTREAM_WORKER_CLASS": worker_class,
     }

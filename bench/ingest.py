@@ -77,7 +77,7 @@ def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
         with rig.private_database(home, lambda message: None) as server:
             migrate.migrate(config, server.dsn, lambda message: None)
             ceiling = trial.copy_ceiling(server.dsn, satellites, options.writers, seconds=options.seconds / 2)
-            overrides = trial.overrides(server.dsn, lane_dir, flags)
+            overrides = rig.overrides(server.dsn, lane_dir, flags.workers, flags.writers)
             with rig.service(overrides, lane_dir) as (service, url), psycopg.connect(server.dsn) as connection:
                 connection.autocommit = True
                 bench = trial.Bench(service.pid, url, lane_dir, connection, flags)

@@ -90,7 +90,7 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
     """Run it all; return the figures."""
     with rig.private_database(home, lambda message: None) as server:
         migrate.migrate(settings.load({}), server.dsn, lambda message: None)
-        overrides = trial.overrides(server.dsn, lane_dir, options)
+        overrides = rig.overrides(server.dsn, lane_dir, options.workers, options.writers)
         knee = options.rate / KNEE_SHARE if options.rate else find_knee(server.dsn, lane_dir, overrides, options)
         sent_log = lane_dir / "sent.parquet"
         with psycopg.connect(server.dsn, autocommit=True) as connection:
@@ -102,9 +102,7 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
             flags = trial.load_flags(KNEE_SHARE * knee, load)
             report = rig.simulate(url, {**flags, "--sent-log": sent_log, "--idempotency-keys": True})
             watch.stop()
-            service.send_signal(signal.SIGTERM)
-            if service.wait(120) != 0:
-                raise rig.RigError(f"the service ended with exit code {service.returncode}")
+            rig.stop(service)
         verify = subprocess.run(
             [sys.executable, "-P", "-m", "engine", "verify", "--json"],
             env={**os.environ, **overrides}, capture_output=True, text=True, check=False,
@@ -137,8 +135,7 @@ def find_knee(dsn: str, lane_dir: Path, overrides: dict[str, str], options: argp
         bench = trial.Bench(service.pid, url, lane_dir, connection, options)
         full = bench.trial(0.0)
         knee, _ = trial.find_knee(bench, 0.25 * full.committed, 1.15 * full.committed, options)
-        service.send_signal(signal.SIGTERM)
-        service.wait(60)
+        rig.stop(service)
     return knee.offered
 
 

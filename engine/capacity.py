@@ -29,7 +29,7 @@ from psycopg import sql
 from engine import migrate, rig
 from engine.rig import RigError
 from engine.settings import Settings
-from engine.trial import Bench, Trial, copy_ceiling, find_knee, overrides
+from engine.trial import Bench, Trial, copy_ceiling, find_knee
 
 CORES_SHOWN: Final = (1, 2, 4, 8, 16)
 
@@ -110,7 +110,7 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
     _say("COPY alone")
     ceiling = copy_ceiling(dsn, options.satellites, options.writers, seconds=options.seconds / 2)
     with (
-        rig.service(overrides(dsn, lane_dir, options), lane_dir) as (service, url),
+        rig.service(rig.overrides(dsn, lane_dir, options.workers, options.writers), lane_dir) as (service, url),
         psycopg.connect(dsn, autocommit=True) as connection,
     ):
         bench = Bench(service.pid, url, lane_dir, connection, options)

@@ -27,8 +27,6 @@ if TYPE_CHECKING:  # imported where it is used: 20 MB that a supervisor has no n
     import pyarrow as pa
 
 SHOWN_KEYS: Final = 10
-DRAIN_S: Final = 300
-"""What was accepted is to be compared with rows, not with what still waits: a minute of full load may wait."""
 
 
 @dataclass(slots=True)
@@ -166,26 +164,13 @@ def run(config: Settings, options: argparse.Namespace) -> int:
 def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     _say("starting a private database")
     with rig.private_database(home, _say) as database:
-        overrides = {
-            "DATABASE_URL": database.dsn,
-            "MIGRATION_DATABASE_URL": "",
-            "ORBITSTREAM_LANE_DIR": str(lane_dir),
-            "PORT": "0",
-            "ORBITSTREAM_HOST": "127.0.0.1",
-            "ORBITSTREAM_TOKENS_FILE": "",
-            "ORBITSTREAM_WORKERS": str(options.workers),
-            "ORBITSTREAM_WRITERS": str(options.writers),
-            "LOG_LEVEL": "error",
-            "ORBITSTREAM_DRAIN_TIMEOUT": f"{DRAIN_S}s",
-        }
+        overrides = rig.overrides(database.dsn, lane_dir, options.workers, options.writers)
         with rig.service(overrides, lane_dir) as (service, url):
             _say(f"the service answers on {url}; sending for {options.duration:g} s")
             sent_log = lane_dir / "sent.parquet"
             report = _simulate(url, sent_log, options)
             _say("stopping the service: it drains its lanes")
-            service.send_signal(signal.SIGTERM)
-            if service.wait(DRAIN_S + 60) != 0:
-                raise RigError(f"the service ended with exit code {service.returncode}")
+            rig.stop(service)
         bins = sum(beat.latency_bins for beat in heartbeat.read_all(lane_dir))
         _say("comparing what was sent with what is stored")
         with psycopg.connect(database.dsn, autocommit=True) as connection:

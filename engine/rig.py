@@ -22,6 +22,9 @@ from engine import process, settings
 from engine.embedded import EmbeddedPostgres
 
 READY_S: Final = 30.0
+KILL_GRACE_S: Final = 10.0
+DRAIN_S: Final = 300
+"""What was accepted is to be compared with rows, not with what still waits: a minute of full load may wait."""
 
 
 class RigError(Exception):
@@ -51,6 +54,22 @@ def private_database(home: Path, say: Callable[[str], None]) -> Iterator[Embedde
         server.stop()
 
 
+def overrides(dsn: str, lane_dir: Path, workers: int, writers: int) -> dict[str, str]:
+    """Return the environment of a service of one's own, which nothing of the user's settings reaches."""
+    return {
+        "DATABASE_URL": dsn,
+        "MIGRATION_DATABASE_URL": "",
+        "ORBITSTREAM_LANE_DIR": str(lane_dir),
+        "PORT": "0",
+        "ORBITSTREAM_HOST": "127.0.0.1",
+        "ORBITSTREAM_TOKENS_FILE": "",
+        "ORBITSTREAM_WORKERS": str(workers),
+        "ORBITSTREAM_WRITERS": str(writers),
+        "ORBITSTREAM_DRAIN_TIMEOUT": f"{DRAIN_S}s",
+        "LOG_LEVEL": "error",
+    }
+
+
 @contextmanager
 def service(overrides: dict[str, str], lane_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Run `orbitstream serve` and yield it with its address, once it accepts points and has its database."""
@@ -64,12 +83,20 @@ def service(overrides: dict[str, str], lane_dir: Path) -> Iterator[tuple[subproc
     try:
         yield running, _await_ready(running, port_file)
     finally:
-        if running.poll() is None:
+        if running.poll() is None:  # what it still holds is thrown away
             running.terminate()
             try:
-                running.wait(60)
+                running.wait(KILL_GRACE_S)
             except subprocess.TimeoutExpired:
                 running.kill()
+                running.wait()
+
+
+def stop(service: subprocess.Popen[bytes]) -> None:
+    """Stop a service once its lanes are drained; raises RigError when it does not end well."""
+    service.send_signal(signal.SIGTERM)
+    if service.wait(DRAIN_S + 60) != 0:
+        raise RigError(f"the service ended with exit code {service.returncode}")
 
 
 def _await_ready(service: subprocess.Popen[bytes], port_file: Path) -> str:

@@ -135,27 +135,13 @@ def residual(lane: Lane) -> int | None:
     for _ in range(LOOKS):
         tail, settled = lane.tail, lane.settled_points
         head, published = lane.snapshot
-        queued = _walk(lane, tail, head)
+        queued = lane.points_between(tail, head, WALK_RECORDS)
         if queued is None or (lane.tail, lane.settled_points) != (tail, settled):
             continue
         found = published.points - settled - queued
         if found == 0:
             return 0
     return found
-
-
-def _walk(lane: Lane, position: int, head: int) -> int | None:
-    """Count the points from `position` to `head`; None if there are too many records, or they are overwritten."""
-    points = 0
-    for _ in range(WALK_RECORDS):
-        if position >= head:
-            return points
-        record = lane.next_record(position)
-        if record is None:
-            return None
-        record.payload.release()
-        points, position = points + record.points, record.end
-    return None
 
 
 def _writers(folder: Path) -> Iterator[WriterSample]:

@@ -39,20 +39,6 @@ class Trial:
         return not self.refused and self.p99_ms <= bound_ms and self.behind_s < 1.0
 
 
-def overrides(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, str]:
-    """Return the environment of a service of one's own; options: workers, writers."""
-    return {
-        "DATABASE_URL": dsn,
-        "MIGRATION_DATABASE_URL": "",
-        "ORBITSTREAM_LANE_DIR": str(lane_dir),
-        "PORT": "0",
-        "ORBITSTREAM_HOST": "127.0.0.1",
-        "ORBITSTREAM_WORKERS": str(options.workers),
-        "ORBITSTREAM_WRITERS": str(options.writers),
-        "LOG_LEVEL": "error",
-    }
-
-
 def load_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """Return the simulator's flags for `rate` points/s (0: as many as are taken); options: satellites, seconds, batch,
     and perhaps format."""

@@ -91,14 +91,7 @@ def _walk(lane: Lane, position: int, head: int) -> int | None:
         for record in records:
             record.payload.release()
         return points
-    points = 0
-    while position < head:
-        following = lane.next_record(position)
-        if following is None:
-            return None
-        following.payload.release()
-        points, position = points + following.points, following.end
-    return points
+    return lane.points_between(position, head)
 
 
 def total(parts: list[Balance]) -> Balance:
