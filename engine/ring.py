@@ -325,16 +325,13 @@ class Lane:
             record = self.record_at(record.end, raw_start)
         return None if record is None or record.points < 0 else record
 
-    def points_between(self, position: int, head: int, most_records: int | None = None) -> int | None:
-        """Count the points of the records from `position` to `head` on a lane of this boot.
-
-        None if they are no longer all there, or are more than `most_records`.
-        """
-        points = records = 0
+    def points_between(self, position: int, head: int) -> int | None:
+        """Count the points of the records from `position` to `head`, on a lane of this boot; None if one is gone."""
+        points = 0
         while position < head:
-            record = None if records == most_records else self.next_record(position)
+            record = self.next_record(position)
             if record is None:
                 return None
             record.payload.release()
-            points, position, records = points + record.points, record.end, records + 1
+            points, position = points + record.points, record.end
         return points

@@ -18,8 +18,9 @@ from engine import heartbeat, lanes
 from engine.heartbeat import Bins, State
 from engine.ring import Lane
 
-WALK_RECORDS: Final = 1000
-"""Records of a lane that are counted for its balance, 4 ms. With more the balance is not known: see `verify`."""
+WALK_BYTES: Final = 256 << 10
+"""With more waiting in a lane its balance is not known here: see `verify`. A walk checks the CRC of each record, and a
+writer's drain waits for it: a thousand records of a thousand points each were 40 MB a look."""
 LOOKS: Final = 5
 """Looks at a lane that moves, before its balance is taken for not known."""
 
@@ -135,7 +136,7 @@ def residual(lane: Lane) -> int | None:
     for _ in range(LOOKS):
         tail, settled = lane.tail, lane.settled_points
         head, published = lane.snapshot
-        queued = lane.points_between(tail, head, WALK_RECORDS)
+        queued = lane.points_between(tail, head) if head - tail <= WALK_BYTES else None
         if queued is None or (lane.tail, lane.settled_points) != (tail, settled):
             continue
         found = published.points - settled - queued

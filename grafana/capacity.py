@@ -57,7 +57,7 @@ def glance() -> list[Json]:
              unit="s", limit=thresholds(("red", None), ("orange", 60), ("green", 600)),
              field={"noValue": "never", "decimals": 0}),
         stat(6, (4, 4), "Residual", "Points published and neither settled nor queued, over all lanes: 0, or a point "
-             "was lost or invented. Known while fewer than 1,000 requests wait in a lane; `orbitstream verify` tells "
+             "was lost or invented. Known while less than 256 KiB wait in a lane; `orbitstream verify` tells "
              "it always.",
              f'SELECT sum(residual)::float8 AS "points" FROM (\n'
              "  SELECT DISTINCT ON (node, name) residual FROM engine_stats\n"
