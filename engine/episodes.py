@@ -11,6 +11,7 @@ not nominal. All others cost some vector operations.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from math import isnan
 from typing import Final, NamedTuple
@@ -58,6 +59,19 @@ class Track:
     since: int = 0
     first: Episode | None = None
     episode: Episode | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether a nominal reading would change nothing."""
+        return self.level == NOMINAL and not self.pending
+
+
+class Readings(NamedTuple):
+    """One channel of one satellite in order of time (us): values, and levels by their rate of change."""
+
+    times: list[int]
+    values: list[float]
+    rates: list[int]
 
 
 class Runs(NamedTuple):
@@ -169,17 +183,14 @@ class Monitor:
             low, high = limit.lowest, limit.highest
             if channel in spikes:
                 rates = self._spikes(columns, found, index, channel)[0].tolist()
-            elif channel in tracks or any(value < low or value > high for value in values):
-                rates = [NOMINAL] * len(times)
             else:
-                continue
-            track, latest = tracks.pop(channel, None) or Track(), newest
-            for reading in zip(times, values, rates, strict=True):
-                if reading[0] > latest and not isnan(reading[1]):
-                    latest = reading[0]
-                    _step(track, (name, channel), limit, reading, changed)
-            if track.level != NOMINAL or track.pending:
-                tracks[channel] = track
+                rates = [NOMINAL] * len(times)
+            beyond = [place for place, value in enumerate(values) if value < low or value > high or rates[place]]
+            if beyond or channel in tracks:
+                track = tracks.pop(channel, None) or Track()
+                _follow(track, (name, channel), limit, Readings(times, values, rates), beyond, newest, changed)
+                if not track.idle:
+                    tracks[channel] = track
         if not tracks:
             del self.tracks[name]
 
@@ -243,6 +254,35 @@ class Monitor:
 
 def _span(found: Runs, index: int) -> slice:
     return slice(int(found.begins[index]), int(found.ends[index]))
+
+
+def _follow(
+    track: Track,
+    who: tuple[bytes, str],
+    limit: Limit,
+    readings: Readings,
+    beyond: list[int],
+    newest: int,
+    changed: list[Episode],
+) -> None:
+    """Move one track by all readings later than `newest`; `beyond` has the places of those that are not nominal.
+
+    While the track is idle, nominal readings are passed over: of most satellites that is all but a few.
+    """
+    times, values, rates = readings
+    place, latest = 0, newest
+    while place < len(times):
+        if track.idle:
+            following = bisect_left(beyond, place)
+            if following == len(beyond):
+                return
+            passed = range(beyond[following] - 1, place - 1, -1)
+            place = beyond[following]
+            latest = max(latest, next((times[each] for each in passed if not isnan(values[each])), latest))
+        if times[place] > latest and not isnan(values[place]):
+            latest = times[place]
+            _step(track, who, limit, (latest, values[place], rates[place]), changed)
+        place += 1
 
 
 def _step(
