@@ -99,10 +99,10 @@ def run_accounts_sql(url: str, secrets: Path) -> None:
 def test_the_service_stores_points_as_its_account_and_grafana_reads_them(accounts: Accounts, lane_dir: Path) -> None:
     with Service(accounts.service, lane_dir) as service:
         service.start(MIGRATION_DATABASE_URL=accounts.migrator)
-        assert service.post("/telemetry", POINT)[0] == 202
+        assert service.post("/telemetry", POINT | {"satellite_id": "seen-by-grafana"})[0] == 202
         with psycopg.connect(accounts.grafana, autocommit=True) as connection:
-            stored = "SELECT count(*) FROM telemetry WHERE satellite_id = %s"
-            eventually(lambda: connection.execute(stored, [POINT["satellite_id"]]).fetchone() == (1,), what="one point")
+            stored = "SELECT count(*) FROM telemetry WHERE satellite_id = 'seen-by-grafana'"
+            eventually(lambda: connection.execute(stored).fetchone() == (1,), what="one point")
         users = "SELECT DISTINCT usename FROM pg_stat_activity WHERE application_name LIKE 'orbitstream-writer%'"
         with psycopg.connect(accounts.superuser) as connection:
             assert connection.execute(users).fetchall() == [("orbitstream_service",)]
