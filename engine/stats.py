@@ -94,7 +94,7 @@ class Sample:
     def residual(self) -> int | None:
         """Points of all lanes that nobody can account for, 0 as it must be; None while a lane's is not known."""
         known = [lane.residual for lane in self.lanes if lane.residual is not None]
-        return sum(known) if len(known) == len(self.lanes) else None
+        return sum(map(abs, known)) if len(known) == len(self.lanes) else None
 
 
 def take(folder: Path) -> Sample:

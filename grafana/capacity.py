@@ -59,7 +59,7 @@ def glance() -> list[Json]:
         stat(6, (4, 4), "Residual", "Points published and neither settled nor queued, over all lanes: 0, or a point "
              "was lost or invented. Known while less than 256 KiB wait in a lane; `orbitstream verify` tells "
              "it always.",
-             f'SELECT sum(residual)::float8 AS "points" FROM (\n'
+             f'SELECT sum(abs(residual))::float8 AS "points" FROM (\n'
              "  SELECT DISTINCT ON (node, name) residual FROM engine_stats\n"
              f"  WHERE {WORKER} AND residual IS NOT NULL AND time > {TO} - interval '10 minutes' AND time <= {TO}\n"
              "  ORDER BY node, name, time DESC\n) AS lanes",

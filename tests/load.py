@@ -98,6 +98,9 @@ def finish(service: Service, loads: list[Load], *, running: bool = True) -> dict
     assert_exactly_once(service, loads)
     verified = service.run("verify", "--deep", DATABASE_URL=service.database)
     assert verified.returncode == 0, verified.stdout + verified.stderr
+    # What the boards and the alert read, at every second meanwhile.
+    broken = service.query("SELECT time, name, residual FROM engine_stats WHERE residual <> 0 ORDER BY time LIMIT 10")
+    assert broken == [], "a residual"
     return {
         "accepted": sum(len(load.accepted) for load in loads),
         "unknown": sum(len(load.unknown) for load in loads),

@@ -1,17 +1,11 @@
-"""Every query of every dashboard on a real database, expanded as Grafana's backend expands it.
-
-No Grafana runs here: `expand` is its macro engine for PostgreSQL, rule by rule.
-"""
+"""Every query of every dashboard on a real database, expanded as Grafana's backend expands it."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
@@ -19,12 +13,14 @@ from typing import Any
 import psycopg
 import pytest
 
+from bench import hour
+from bench.boards import Boards, Query, View, all_queries, expand, opened, timed
 from engine import data_folder, samples, settings
-from engine.migrate import Edition, migrate
+from engine.migrate import migrate
 from tests.conftest import EDITIONS, GIVEN_URL
 from tests.servers import editions
 
-ROWS, SATELLITES = 50_000, 100
+ROWS, SATELLITES, EPISODES = 50_000, 100, 300
 SLOWEST_MS = 2000
 """What they take is written out: tens of milliseconds; this holds on a loaded machine, and in WebAssembly."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -32,86 +28,6 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What Grafana's backend makes of a column; anything else arrives as text or not at all.
 SHOWN_TYPES = {"bool", "int2", "int4", "int8", "float4", "float8", "text", "timestamptz"}
 NUMBERS = {"int2", "int4", "int8", "float4", "float8"}
-
-
-# -- Grafana's expansion of SQL
-
-
-@dataclass(frozen=True)
-class View:
-    """What a query is expanded for: the range and interval of a panel, chosen values, the data source's setting."""
-
-    begin: datetime
-    end: datetime
-    interval: timedelta = timedelta(seconds=10)
-    satellites: tuple[str, ...] = ("SAT-00001", "SAT-00002")
-    timescaledb: bool = True
-
-
-def expand(sql: str, view: View) -> str:
-    """Return the SQL that reaches the database: variables, then intervals and epochs, then comments, then macros."""
-    chosen = ",".join("'" + name.replace("'", "''") + "'" for name in view.satellites)
-    sql = sql.replace("${satellite:sqlstring}", chosen)
-    assert "${" not in sql, f"a variable that is not interpolated as a list of quoted strings: {sql}"
-    sql = sql.replace("$__interval_ms", str(round(view.interval / timedelta(milliseconds=1))))
-    sql = sql.replace("$__interval", interval_name(view.interval))
-    sql = sql.replace("$__unixEpochFrom()", str(int(view.begin.timestamp())))
-    sql = sql.replace("$__unixEpochTo()", str(int(view.end.timestamp())))
-    sql = re.sub(r"--[^\n]*|/\*.*?\*/", "", sql, flags=re.DOTALL)
-
-    def macro(match: re.Match[str]) -> str:
-        name = match[1]
-        if name == "__timeGroup" and sql[match.end() : match.end() + 1] == ",":
-            name = "__timeGroupAlias"
-        return evaluate(name, [argument.strip(" ") for argument in match[2].split(",")], view)
-
-    return re.sub(r"\$([_a-zA-Z0-9]+)\(([^\)]*)\)", macro, sql)
-
-
-def evaluate(name: str, arguments: list[str], view: View) -> str:
-    """Return what one macro becomes; raises ValueError for one that Grafana does not know."""
-    column = arguments[0]
-    begin, end = (f"'{moment:%Y-%m-%dT%H:%M:%S.%fZ}'" for moment in (view.begin, view.end))
-    first, last = int(view.begin.timestamp()), int(view.end.timestamp())
-    if name.endswith("Alias"):
-        return evaluate(name.removesuffix("Alias"), arguments, view) + ' AS "time"'
-    if name == "__timeGroup":
-        seconds = parse_interval(arguments[1])
-        if view.timescaledb:
-            return f"time_bucket('{seconds:.3f}s',{column})"
-        return f"floor(extract(epoch from {column})/{seconds:g})*{seconds:g}"
-    if name == "__unixEpochGroup":
-        seconds = parse_interval(arguments[1])
-        return f"floor(({column})/{seconds:g})*{seconds:g}"
-    known = {
-        "__time": f'{column} AS "time"',
-        "__timeEpoch": f'extract(epoch from {column}) as "time"',
-        "__timeFilter": f"{column} BETWEEN {begin} AND {end}",
-        "__timeFrom": begin,
-        "__timeTo": end,
-        "__unixEpochFilter": f"{column} >= {first} AND {column} <= {last}",
-        "__unixEpochNanoFrom": f"{first * 10**9}",
-        "__unixEpochNanoTo": f"{last * 10**9}",
-    }
-    if name not in known:
-        raise ValueError(f"unknown macro {name!r}")
-    return known[name]
-
-
-def interval_name(interval: timedelta) -> str:
-    """Return an interval as `$__interval` spells it: in the largest unit that it reaches, cut to a whole number."""
-    units = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-    for unit, seconds in units:
-        if interval >= timedelta(seconds=seconds):
-            return f"{interval // timedelta(seconds=seconds)}{unit}"
-    return f"{interval // timedelta(milliseconds=1)}ms"
-
-
-def parse_interval(text: str) -> float:
-    match = re.fullmatch(r"'?(\d+)(ms|s|m|h|d|w)'?", text)
-    if match is None:
-        raise ValueError(f"error parsing interval {text}")
-    return int(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
 
 
 @pytest.mark.parametrize(
@@ -144,67 +60,7 @@ def test_an_unknown_macro_is_an_error() -> None:
 # -- the boards on a database
 
 
-AN_HOUR = timedelta(seconds=10)
-
-
-@dataclass(frozen=True)
-class Query:
-    """One query of a board."""
-
-    name: str
-    sql: str
-    format: str
-    interval: timedelta = AN_HOUR
-    """Between two points of a curve: of an hour on a screen, or the shortest that its panel allows."""
-
-
-def all_queries() -> list[Query]:
-    """Collect the queries of every panel, variable and annotation of every board, and of every alert."""
-    found = []
-    for path in sorted((data_folder("grafana") / "dashboards").glob("*.json")):
-        board = json.loads(path.read_text())
-        for panel in board["panels"]:
-            for target in panel.get("targets", []):
-                name = f"{path.stem} / {panel['id']} {panel['title']}"
-                shortest = timedelta(seconds=parse_interval(panel.get("interval", "1s")))
-                interval = max(AN_HOUR, shortest)
-                found.append(Query(name, target["rawSql"], target["format"], interval))
-        for variable in board["templating"]["list"]:
-            found.append(Query(f"{path.stem} / variable {variable['name']}", variable["query"], "table"))
-        for annotation in board["annotations"]["list"]:
-            found.append(Query(f"{path.stem} / annotation", annotation["target"]["rawSql"], "table"))
-    [rules] = json.loads((data_folder("grafana") / "provisioning/alerting/orbitstream.yaml").read_text())["groups"]
-    for rule in rules["rules"]:
-        found.append(Query(f"alert / {rule['uid']}", rule["data"][0]["model"]["rawSql"], "time_series"))
-    return found
-
-
 QUERIES = {query.name: query for query in all_queries()}
-
-
-@dataclass
-class Boards:
-    """A migrated database and what the boards ask of it, with the rights that Grafana has."""
-
-    connection: psycopg.Connection[Any]
-    edition: Edition
-    end: datetime
-    """The newest row is of this moment, the oldest an hour earlier."""
-
-    def view(self, **changes: Any) -> View:
-        return View(**{"begin": self.end - timedelta(hours=1), "end": self.end, **changes})
-
-    def ask(self, sql: str, view: View) -> tuple[list[tuple[str, str]], list[tuple[Any, ...]]]:
-        """Run a query; returns (name, type) of its columns, and its rows."""
-        cursor = self.connection.execute(expand(sql, view).encode(), prepare=False)
-        types = self.connection.adapters.types
-        shown = cursor.description or []
-        return [(it.name, getattr(types.get(it.type_code), "name", "?")) for it in shown], cursor.fetchall()
-
-    def one(self, name: str, **changes: Any) -> list[dict[str, Any]]:
-        columns, rows = self.ask(QUERIES[name].sql, self.view(**changes))
-        return [dict(zip([column for column, _ in columns], row, strict=True)) for row in rows]
-
 
 Fresh = Callable[[], AbstractContextManager[str]]
 """Makes an empty database and yields its URL."""
@@ -231,75 +87,12 @@ def database_on(server: str, name: str) -> Iterator[str]:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@contextmanager
-def opened(url: str, edition: Edition, end: datetime) -> Iterator[Boards]:
-    """Connect as a member of the role that Grafana's account has."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("SET timezone = 'UTC'")
-        connection.execute("SET ROLE orbitstream_read")
-        yield Boards(connection, edition, end)
-
-
 def fill(url: str, end: datetime) -> None:
-    """Store an hour of everything that the boards read: points, stats of the engine, samples, episodes, two lanes."""
+    """Store an hour of everything that the boards read."""
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(
-            "INSERT INTO telemetry (time, satellite_id, battery_charge_percent, storage_usage_mb, signal_strength_dbm,"
-            "  received_at, is_anomaly, latitude, longitude, altitude_km, velocity_kmph, temperature_c, bus_voltage_v)"
-            " SELECT %(end)s - n * interval '1 hour' / %(rows)s, 'SAT-' || lpad((n %% %(satellites)s)::text, 5, '0'),"
-            "  CASE WHEN n %% 97 = 0 THEN 5 ELSE 20 + n %% 71 END, (n %% 1000) * 80, -60 - n %% 30,"
-            "  %(end)s - n * interval '1 hour' / %(rows)s + interval '20 ms', n %% 97 = 0,"
-            "  n %% 180 - 90, n %% 360 - 180, 550, 27000, 20, 28"
-            " FROM generate_series(1, %(rows)s) AS n",
-            {"end": end, "rows": ROWS, "satellites": SATELLITES},
-        )
-        connection.execute(
-            "INSERT INTO satellite_latest SELECT DISTINCT ON (satellite_id) * FROM telemetry"
-            " ORDER BY satellite_id, time DESC ON CONFLICT DO NOTHING"
-        )
-        for lane in range(2):
-            connection.execute(
-                "INSERT INTO ingest_progress (lane, position, committed_points, flushes, node)"
-                " VALUES (gen_random_uuid(), 4096, %s, 50, %s)",
-                [ROWS // 2, f"node-{lane}"],
-            )
-        for statement in ";".join((STATS_OF_AN_HOUR, SAMPLES_OF_AN_HOUR, EPISODES_OF_AN_HOUR)).split(";"):
-            connection.execute(statement.encode(), {"end": end, "satellites": SATELLITES})
+        hour.insert_points(connection, end, SATELLITES, ROWS)
+        hour.surround(connection, end, SATELLITES, EPISODES)
         connection.execute("ANALYZE")
-
-
-# A worker takes 1,000 points a second, of which a writer, busy a quarter of its time, stores all in 10 transactions.
-STATS_OF_AN_HOUR = """
-    INSERT INTO engine_stats (time, node, process, name, first_of_minute, alive, accepted, refused, settled, residual,
-        queue_points, queue_bytes, capacity_bytes, cpu_s, memory_bytes)
-    SELECT %(end)s - (3600 - n) * interval '1 second', 'one', 'worker', 'lane-000' || lane, n %% 60 = 0, true, n * 500,
-        0, n * 500 - 10, 0, 10 + n, 100000 + n * 1000, 16000000, n * 0.2, 40000000
-    FROM generate_series(1::bigint, 3600) AS n, generate_series(0, 1) AS lane;
-    INSERT INTO engine_stats (time, node, process, name, first_of_minute, alive, committed, dead_lettered, anomalies,
-        flushes, failures, stopped_lanes, busy_s, flush_p50_ms, flush_p99_ms, arrival_p50_ms, arrival_p99_ms, cpu_s,
-        memory_bytes)
-    SELECT %(end)s - (3600 - n) * interval '1 second', 'one', 'writer', 'writer-0', n %% 60 = 0, true, n * 1000, 0,
-        n * 10, n * 10, 0, 0, n * 0.25, 5, 20, 15, CASE WHEN n %% 200 = 0 THEN 150 ELSE 60 END, n * 0.3, 60000000
-    FROM generate_series(1::bigint, 3600) AS n"""
-SAMPLES_OF_AN_HOUR = """
-    INSERT INTO capacity VALUES (%(end)s, 'one', 40000, 50000, 80000, 60, 2, '{}');
-    INSERT INTO storage_stats SELECT %(end)s - (60 - n) * interval '1 minute', 1000000000 + n * 60000000,
-        800000000 + n * 60000000, 100000000, n * 1000000, 10, 4, 100000000000, 90000000000 - n * 60000000
-    FROM generate_series(1::bigint, 60) AS n ON CONFLICT DO NOTHING;
-    INSERT INTO fleet_stats SELECT %(end)s - (60 - n) * interval '1 minute', channel, 100, 90 + n %% 10, 1, 10, 50, 90,
-        99, array_fill(5, ARRAY[20])
-    FROM generate_series(1::bigint, 60) AS n, unnest(ARRAY['battery_charge_percent', 'storage_usage_mb',
-        'signal_strength_dbm']) AS channel;
-    INSERT INTO database_stats SELECT %(end)s - (60 - n) * interval '1 minute', 5, 100, n * 600, n, n * 9000, n * 1000,
-        0, n * 60, 0, n * 60000000, 30, 5, 1
-    FROM generate_series(1::bigint, 60) AS n"""
-EPISODES_OF_AN_HOUR = """
-    INSERT INTO anomaly_event (satellite_id, channel, severity, kind, limit_value, onset, cleared_at, peak, peak_at,
-        points)
-    SELECT 'SAT-' || lpad((n %% %(satellites)s)::text, 5, '0'), 'battery_charge_percent',
-        CASE WHEN n %% 2 = 0 THEN 'critical' ELSE 'warning' END, 'below', 10, onset,
-        CASE WHEN n > 10 THEN onset + n * interval '1 second' END, 5, onset, 7
-    FROM generate_series(1, 300) AS n, LATERAL (SELECT %(end)s - n * interval '10 seconds') AS begun (onset)"""
 
 
 def say(config: pytest.Config, *lines: str) -> None:
@@ -366,13 +159,6 @@ def check_frame(query: Query, columns: list[tuple[str, str]], rows: list[tuple[A
         assert kinds.pop("metric", "text") == "text"
         assert set(kinds.values()) <= NUMBERS
         assert [row[0] for row in rows] == sorted(row[0] for row in rows)
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return the milliseconds that `work` takes."""
-    begun = time.perf_counter()
-    work()
-    return (time.perf_counter() - begun) * 1000
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1, 30, 300, 3600, 86_400, 31_536_000])
@@ -447,6 +233,24 @@ def test_alerts_are_quiet_when_all_is_well_and_loud_when_it_is_not(boards: Board
             firing.add(rule["uid"])
     assert firing <= {"orbitstream-disk-full", "orbitstream-satellite-silent", "orbitstream-database-down"}
     assert "orbitstream-disk-full" in firing
+
+
+def test_a_point_that_nobody_can_account_for_is_on_the_board_and_an_alert(boards: Boards) -> None:
+    """Two lanes, one with a point too many and one with a point too few, do not make up for each other."""
+    boards.connection.execute("RESET ROLE")
+    with boards.connection.transaction(force_rollback=True):
+        boards.connection.execute(
+            "INSERT INTO engine_stats (time, node, process, name, first_of_minute, alive, residual)"
+            " SELECT now(), 'other', 'worker', 'lane-' || residual, true, true, residual FROM unnest('{2,-2}'::int[])"
+            " AS residual"
+        )
+        boards.connection.execute("SET LOCAL ROLE orbitstream_read")
+        end = boards.end + timedelta(minutes=5)
+        assert boards.one("capacity / 6 Residual", end=end) == [{"points": 4}]
+        assert max(row["points"] for row in boards.one("capacity / 23 Conservation residual", end=end)) == 2
+        [alert] = boards.one("alert / orbitstream-residual", end=end)
+        assert alert["value"] == 4
+    boards.connection.execute("SET ROLE orbitstream_read")
 
 
 def test_maintenance_samples_what_the_boards_read(fresh: Fresh) -> None:
