@@ -80,7 +80,9 @@ def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     with psycopg.connect(url, autocommit=True) as connection:
         found = connection.execute("SELECT min(satellite_id) FROM satellite_latest").fetchone()
         edition = migrate.find_edition(connection)
+        [(newest,)] = connection.execute("SELECT max(time) FROM satellite_latest").fetchall()
     satellite = options.satellite or (found and found[0]) or "-"
+    end = newest or end
     return {"server": str(edition), "panels": list(ask(url, satellite, options.repeat, end))}
 
 

@@ -98,6 +98,7 @@ class Monitor:
         self.tracks: dict[bytes, dict[str, Track]] = {}
         self._slots: dict[bytes, int] = {}
         self._newest = np.zeros(FIRST_SLOTS, np.int64)  # time of the newest reading of each satellite
+        self._tracked = np.zeros(FIRST_SLOTS, np.bool_)  # which satellites have tracks
         # For rates: the newest reading that was no spike, by channel.
         self._then = {channel: np.zeros(FIRST_SLOTS, np.int64) for channel in limits.rates}
         self._was = {channel: np.full(FIRST_SLOTS, np.nan) for channel in limits.rates}
@@ -125,7 +126,7 @@ class Monitor:
             beyond[span], _ = self.limits.beyond(columns, span, self.limits.of(found.names[index]))
         wanted = {*found.holding(beyond), *spiky}
         if self.tracks:
-            wanted.update(index for index, name in enumerate(found.names) if name in self.tracks)
+            wanted.update(np.flatnonzero(self._tracked[found.slots]).tolist())
         changed: list[Episode] = []
         for index in sorted(wanted):
             self._walk(columns, found, index, spiky.get(index, []), changed)
@@ -140,6 +141,7 @@ class Monitor:
         if episode.channel not in tracks:
             tracks[episode.channel] = Track(level=episode.severity, episode=episode)
         slot = self._slot_of([episode.satellite])[0]
+        self._tracked[slot] = True
         self._newest[slot] = max(self._newest[slot], episode.onset)
 
     # -- rows to satellites
@@ -153,12 +155,13 @@ class Monitor:
     def _slot_of(self, names: list[bytes]) -> Places:
         """Return the place of each satellite in the arrays, making room for new ones."""
         try:
-            return np.array([self._slots[name] for name in names], np.int64)
+            return np.fromiter(map(self._slots.__getitem__, names), np.int64, len(names))
         except KeyError:
             for name in names:
                 self._slots.setdefault(name, len(self._slots))
         while len(self._slots) > len(self._newest):
             self._newest = np.append(self._newest, np.zeros_like(self._newest))
+            self._tracked = np.append(self._tracked, np.zeros_like(self._tracked))
             for channel in self.limits.rates:
                 self._then[channel] = np.append(self._then[channel], np.zeros_like(self._then[channel]))
                 self._was[channel] = np.append(self._was[channel], np.full_like(self._was[channel], np.nan))
@@ -172,25 +175,27 @@ class Monitor:
     # -- one satellite, point by point
 
     def _walk(self, columns: Columns, found: Runs, index: int, spikes: list[str], changed: list[Episode]) -> None:
-        name, span = found.names[index], _span(found, index)
-        newest = int(self._newest[found.slots[index]])
-        times = columns.time[span].tolist()
+        name, span, slot = found.names[index], _span(found, index), found.slots[index]
         tracks = self.tracks.setdefault(name, {})
         for channel, limit in self.limits.of(name).items():
-            if channel not in columns.values:
+            column = columns.values.get(channel)
+            if column is None:
                 continue
-            values = columns.values[channel][span].tolist()
+            values = column[span].tolist()
             low, high = limit.lowest, limit.highest
+            beyond = [place for place, value in enumerate(values) if value < low or value > high]
             if channel in spikes:
                 rates = self._spikes(columns, found, index, channel)[0].tolist()
-            else:
-                rates = [NOMINAL] * len(times)
-            beyond = [place for place, value in enumerate(values) if value < low or value > high or rates[place]]
+                beyond = sorted({*beyond, *(place for place, level in enumerate(rates) if level)})
+            elif beyond or channel in tracks:
+                rates = [NOMINAL] * len(values)
             if beyond or channel in tracks:
                 track = tracks.pop(channel, None) or Track()
-                _follow(track, (name, channel), limit, Readings(times, values, rates), beyond, newest, changed)
+                readings = Readings(columns.time[span].tolist(), values, rates)
+                _follow(track, (name, channel), limit, readings, beyond, int(self._newest[slot]), changed)
                 if not track.idle:
                     tracks[channel] = track
+        self._tracked[slot] = bool(tracks)
         if not tracks:
             del self.tracks[name]
 

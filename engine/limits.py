@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
@@ -50,15 +50,13 @@ class Limit:
     critical_rate: float = inf
     hysteresis: float = 0.0
     violations: int = 1
+    lowest: float = field(init=False)
+    """What lies below this, or above `highest`, violates some limit. Kept, as it is asked for at many a point."""
+    highest: float = field(init=False)
 
-    @property
-    def lowest(self) -> float:
-        """What lies below this violates some limit."""
-        return max(self.warning_below, self.critical_below)
-
-    @property
-    def highest(self) -> float:
-        return min(self.warning_above, self.critical_above)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lowest", max(self.warning_below, self.critical_below))
+        object.__setattr__(self, "highest", min(self.warning_above, self.critical_above))
 
     @property
     def rate(self) -> float:
@@ -175,7 +173,7 @@ def _tables(path: Path, given: Any, where: str) -> list[tuple[str, dict[str, Any
 
 
 def _limit(path: Path, where: str, given: dict[str, Any], base: Limit) -> Limit:
-    names = [item.name for item in fields(Limit)]
+    names = [item.name for item in fields(Limit) if item.init]
     for name, value in given.items():
         if name not in names:
             raise LimitsError(f"{path}: {where}.{name} is not known: there are {', '.join(names)}")

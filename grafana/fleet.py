@@ -127,8 +127,8 @@ def worst() -> str:
         "  WHERE onset >= $__timeFrom()::timestamptz - interval '1 day' AND onset <= $__timeTo()::timestamptz\n"
         "    AND coalesce(cleared_at, $__timeTo()) >= $__timeFrom()\n"
         "  GROUP BY 1\n"
-        "  ORDER BY sum(least(coalesce(cleared_at, $__timeTo()), $__timeTo()::timestamptz)\n"
-        f"    - greatest(onset, $__timeFrom()::timestamptz)) DESC, 1\n  LIMIT {WORST}"
+        "  ORDER BY sum(date_part('epoch', least(coalesce(cleared_at, $__timeTo()), $__timeTo()::timestamptz)\n"
+        f"    - greatest(onset, $__timeFrom()::timestamptz))) DESC, 1\n  LIMIT {WORST}"
     )
 
 
