@@ -1,20 +1,30 @@
-"""Score the detection of anomalies against the simulator's ground truth: python bench/detection.py [--minutes 20]
+"""Score the detection of anomalies against the simulator's ground truth: python -m bench.detection [--live]
 
 The readings of a fleet at 10,000 points/s go through the same Monitor as a writer's, in transactions of 20 ms that come
 from two lanes, the second late by one transaction. An injected episode is a satellite's run of readings with one kind
 of anomaly, as far as a reading of it is beyond a limit; it is found if an episode of that satellite overlaps it. A
 found episode that overlaps no injected one is false.
+
+With --live the readings go through a service of its own into a private database, or a scratch one on --database-url's
+server, and the episodes are those of anomaly_event.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psycopg
 
-from engine import limits, settings
+from bench.panels import scratch
+from engine import heartbeat, limits, migrate, rig, settings
 from engine.episodes import Episode, Monitor
 from engine.rows import Columns
 from simulator.anomalies import Anomaly, beyond_limits
@@ -28,9 +38,70 @@ START_US = 1_790_000_000_000_000
 def main() -> int:
     """Print the score as one JSON object."""
     parser = argparse.ArgumentParser(description="Score the detection of anomalies against the simulator's truth.")
-    parser.add_argument("--minutes", type=int, default=20, help="simulated time (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=20, help="time, simulated or live (%(default)s)")
     parser.add_argument("--anomaly-rate", type=float, default=0.01, help="share of the readings (%(default)s)")
+    parser.add_argument("--live", action="store_true", help="through a running service")
+    parser.add_argument("--database-url", help="with --live: the server to make a scratch database on (a private one)")
     options = parser.parse_args()
+    print(json.dumps(live(options) if options.live else offline(options)))
+    return 0
+
+
+def live(options: argparse.Namespace) -> dict[str, Any]:
+    """Send the fleet's readings to a service, and score the episodes that the database has afterwards."""
+    lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-detection", 0o700)
+    home = rig.private_folder(settings.load({}).home, "detection")
+    truth = lane_dir / "truth.parquet"
+    try:
+        with ExitStack() as stack:
+            if options.database_url:
+                dsn = stack.enter_context(scratch(options.database_url))
+            else:
+                dsn = stack.enter_context(rig.private_database(home, lambda _: None)).dsn
+            migrate.migrate(settings.load({}), dsn, lambda _: None)
+            running, url = stack.enter_context(rig.service(rig.overrides(dsn, lane_dir, 2, 1), lane_dir))
+            flags = {"--satellites": SATELLITES, "--rate": 1e6 / STEP_US, "--duration": options.minutes * 60}
+            flags |= {"--batch": 100, "--anomaly-rate": options.anomaly_rate, "--truth": truth, "--quiet": True}
+            sent = rig.simulate(url, flags)
+            flushes = sum(beat.flushes for beat in heartbeat.read_all(lane_dir))
+            rig.stop(running)
+            with psycopg.connect(dsn) as connection:
+                episodes = list(stored(connection))
+        report = score(read_truth(truth), episodes, SATELLITES * options.minutes / 1440)
+        return {
+            **report,
+            "points": sent["accepted"],
+            "refused": sent["refused"],
+            "points_a_second": round(sent["accepted"] / sent["seconds"]),
+            "points_a_transaction": round(sent["accepted"] / max(1, flushes)),
+        }
+    finally:
+        shutil.rmtree(lane_dir, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def stored(connection: psycopg.Connection[Any]) -> Iterator[Episode]:
+    for name, channel, onset, cleared in connection.execute(
+        "SELECT satellite_id, channel, (extract(epoch FROM onset) * 1000000)::bigint,"
+        " coalesce(extract(epoch FROM cleared_at) * 1000000, 0)::bigint FROM anomaly_event"
+    ):
+        yield Episode(name.encode(), channel, "", 0, onset, 0.0, onset, 0.0, cleared=cleared)
+
+
+def read_truth(path: Path) -> list[tuple[np.ndarray, ...]]:
+    """Return what the simulator says of its anomalous readings: satellites, times, kinds, beyond a limit."""
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    heard = np.array(table["outcome"].to_pylist()) == "accepted"
+    satellite = np.array([int(name[4:]) for name in table["satellite_id"].to_pylist()])
+    kind = np.array([Anomaly[name.upper()] for name in table["anomaly"].to_pylist()])
+    moment = table["time"].cast("int64").to_numpy()
+    return [(satellite[heard], moment[heard], kind[heard], table["beyond_limit"].to_numpy()[heard])]
+
+
+def offline(options: argparse.Namespace) -> dict[str, Any]:
+    """Put the fleet's readings through a Monitor, and score the episodes that it tells of."""
     fleet = Fleet(0, SATELLITES, seed=1, anomaly_rate=options.anomaly_rate)
     ids = satellite_ids(0, SATELLITES, SATELLITES)
     monitor = Monitor(limits.of_settings(settings.load({})))
@@ -39,7 +110,7 @@ def main() -> int:
     seconds, points = 0.0, 0
     satellite = np.arange(SATELLITES)
     waiting: list[Columns] = []
-    for step in range(options.minutes * 600):
+    for step in range(round(options.minutes * 600)):
         moments = START_US + step * STEP_US + satellite * STEP_US // SATELLITES
         readings = fleet.read(satellite, moments)
         heard = readings.anomaly != Anomaly.SILENCE
@@ -66,12 +137,7 @@ def main() -> int:
                 seconds += time.process_time() - begun
                 points += len(columns)
     report = score(truth, list(found.values()), SATELLITES * options.minutes / 1440)
-    print(
-        json.dumps(
-            {**report, "points": points, "us_a_point_in_transactions_of_20_ms": round(seconds / points * 1e6, 3)}
-        )
-    )
-    return 0
+    return {**report, "points": points, "us_a_point_in_transactions_of_20_ms": round(seconds / points * 1e6, 3)}
 
 
 def injected(truth: list[tuple[np.ndarray, ...]]) -> dict[int, list[tuple[int, int, int]]]:
@@ -79,7 +145,8 @@ def injected(truth: list[tuple[np.ndarray, ...]]) -> dict[int, list[tuple[int, i
     satellite, moment, kind, beyond = (np.concatenate(parts) for parts in zip(*truth, strict=True))
     order = np.lexsort((moment, satellite))
     satellite, moment, kind, beyond = satellite[order], moment[order], kind[order], beyond[order]
-    cut = np.flatnonzero((satellite[1:] != satellite[:-1]) | (kind[1:] != kind[:-1])) + 1
+    apart = (satellite[1:] != satellite[:-1]) | (kind[1:] != kind[:-1]) | (np.diff(moment) > 1.5 * STEP_US)
+    cut = np.flatnonzero(apart) + 1
     episodes: dict[int, list[tuple[int, int, int]]] = {}
     for run in np.split(np.arange(len(satellite)), cut):
         if kind[run[0]] != Anomaly.NONE and beyond[run].any():
