@@ -85,7 +85,9 @@ def describe(before: Sample, now: Sample) -> Report:
             "cpu": rate(writer.usage.cpu_s, earlier.usage.cpu_s) if writer.usage and earlier.usage else None,
             "dead_lettered": writer.dead_lettered, "failures": writer.failures, "stopped_lanes": writer.stopped_lanes,
         })  # fmt: skip
-    p50, p99 = quantiles_ms(latency, LATENCY_EDGES, (0.5, 0.99))
+    p50, p99 = (
+        (round(it, 2) for it in quantiles_ms(latency, LATENCY_EDGES, (0.5, 0.99))) if latency.any() else (None,) * 2
+    )
     alive = [writer for writer in now.writers if writer.alive]
     connected = [writer for writer in alive if writer.state == "connected"]
     return {
@@ -95,7 +97,7 @@ def describe(before: Sample, now: Sample) -> Report:
         "refused_per_s": round(sum(lane["refused_per_s"] for lane in lanes), 1),
         "committed_per_s": round(sum(writer["committed_per_s"] for writer in writers), 1),
         "anomalies_per_s": round(sum(writer["anomalies_per_s"] for writer in writers), 1),
-        "latency_ms": {"p50": round(p50, 2), "p99": round(p99, 2)},
+        "latency_ms": {"p50": p50, "p99": p99},
         "queue_points": sum(lane.queue_points for lane in now.lanes),
         "residual": now.residual,
         "committed": sum(writer.committed for writer in now.writers),
@@ -127,22 +129,25 @@ class Screen:
 
         healthy = report["database"] == "connected"
         head = Text.assemble(
-            ("OrbitStream ", "bold"), (f"{report['database']} ", "green" if healthy else "bold red"),
-            (f"({report['edition']})  " if healthy else "", ""), f"{len(report['lanes'])} lanes  ",
-            f"{len(report['writers'])} writers  ", (str(self._config.lane_dir), "dim"),
-        )  # fmt: skip
+            ("OrbitStream  ", "bold"),
+            (f"database {report['database']}", "green" if healthy else "bold red"),
+            f" ({report['edition']})  " if healthy else "  ",
+            f"{_many(report['lanes'], 'lane')}  {_many(report['writers'], 'writer')}  ",
+            (str(self._config.lane_dir), "dim"),
+        )
         head.no_wrap, head.overflow = True, "ellipsis"
-        return Group(head, self._numbers(report, width), self._lanes(report, width), self._writers(report, width))
+        tables = (self._numbers(report, width), self._lanes(report, width), self._writers(report, width))
+        return Group(head, *(part for table in tables for part in ("", table)))
 
     def _numbers(self, report: Report, width: int) -> Any:
         from rich.table import Table
 
-        residual = report["residual"]
+        residual, p99 = report["residual"], report["latency_ms"]["p99"]
         rows = [
             ("accepted", report["accepted_per_s"], "/s", ""),
             ("committed", report["committed_per_s"], "/s", "green"),
             ("refused", report["refused_per_s"], "/s", "bold red" if report["refused_per_s"] else ""),
-            ("latency p99", report["latency_ms"]["p99"], "ms", "red" if report["latency_ms"]["p99"] > 100 else ""),
+            ("latency p99", p99, "ms", "red" if p99 is not None and p99 > 100 else ""),
             ("queued", report["queue_points"], "", ""),
             ("anomalies", report["anomalies_per_s"], "/s", "yellow" if report["anomalies_per_s"] else ""),
             ("residual", residual, "", "bold red" if residual else ""),
@@ -152,8 +157,13 @@ class Screen:
             history = self._history.setdefault(name, deque(maxlen=HISTORY))
             history.append(float(value or 0))
             bars = sparkline(history, max(0, width - 32))
-            shown = "not known" if value is None else f"{value:,.1f}".removesuffix(".0")
-            table.add_row(f"{name:<12}", f"[{style}]{shown:>11}[/]" if style else f"{shown:>11}", f"{unit:<2}", bars)
+            shown = "-" if value is None else f"{value:,.1f}".removesuffix(".0")
+            table.add_row(
+                f"{name:<12}",
+                f"[{style}]{shown:>11}[/]" if style else f"{shown:>11}",
+                f"{unit if value is not None else '':<2}",
+                bars,
+            )
         return table
 
     def _lanes(self, report: Report, width: int) -> Any:
@@ -163,7 +173,7 @@ class Screen:
         for lane in report["lanes"]:
             color = "red" if lane["fill"] > 0.9 else "yellow" if lane["fill"] > 0.7 else "green"
             bar = round(lane["fill"] * 8)
-            fill = f"[{color}]{'█' * bar}{'·' * (8 - bar)}[/] {lane['fill']:4.0%}"
+            fill = f"[{color}]{'█' * bar}{'·' * (8 - bar)}[/] {lane['fill']:6.1%}"
             row = [lane["name"], fill, f"{lane['queue_points']:,}", f"{lane['accepted_per_s']:,.0f}"]
             full = lane["full_in_s"]
             more = [str(lane["worker"] or "none"), f"{lane['refused_per_s']:,.0f}", f"{full:,} s" if full else "-",
@@ -192,10 +202,14 @@ class Screen:
         return _table(columns, rows)
 
 
+def _many(things: list[Report], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
 def _table(columns: list[str], rows: list[list[str]]) -> Any:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold dim")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:
@@ -205,8 +219,9 @@ def _table(columns: list[str], rows: list[list[str]]) -> Any:
 
 def _watch(config: Settings) -> None:
     """Redraw each second on a screen of its own, until q or a signal; leave the terminal as it was."""
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
+    from rich.text import Text
 
     logging.disable(logging.CRITICAL)
     console, screen = Console(), Screen(config)
@@ -221,7 +236,7 @@ def _watch(config: Settings) -> None:
     with _raw_keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         due = time.monotonic() + INTERVAL_S
         while not stopping:
-            live.update(screen.render(report, console.width), refresh=True)
+            live.update(Group(screen.render(report, console.width), Text("\nq quits", "dim")), refresh=True)
             ready, _, _ = select.select([sys.stdin, read], [], [], max(0.0, due - time.monotonic()))
             if read in ready:
                 os.read(read, 4096)

@@ -48,11 +48,11 @@ def glance() -> list[Json]:
              newest('max(queue_bytes / nullif(capacity_bytes, 0)::float8) AS "full"', WORKER),
              unit="percentunit", limit=FULL, field={"decimals": 1}),
         stat(5, (4, 4), "Seconds until full", "When the lane that fills fastest would be full at the rate of the last "
-             "30 seconds of the range; no value while none fills.",
+             "10 seconds of the range; no value while none fills.",
              "SELECT min((capacity - used) / growth)::float8 AS \"until full\" FROM (\n"
              "  SELECT max(capacity_bytes) AS capacity, max(queue_bytes) AS used,\n"
              "    regr_slope(queue_bytes, extract(epoch FROM time)) AS growth\n"
-             f"  FROM engine_stats WHERE {WORKER} AND time > {TO} - interval '30 seconds' AND time <= {TO}\n"
+             f"  FROM engine_stats WHERE {WORKER} AND time > {TO} - interval '10 seconds' AND time <= {TO}\n"
              "  GROUP BY node, name\n) AS lanes WHERE growth > 0.001 * capacity / 60",
              unit="s", limit=thresholds(("red", None), ("orange", 60), ("green", 600)),
              field={"noValue": "never", "decimals": 0}),

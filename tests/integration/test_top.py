@@ -66,14 +66,15 @@ def test_top_follows_the_engine_its_window_and_its_database(service: Service, se
     service.start(ORBITSTREAM_WORKERS="1")
     name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
     with top(service, 120) as terminal:
-        eventually(lambda: terminal.shows(r"OrbitStream connected \(plain|apache|timescale\)"), 15, "the first frame")
+        connected = r"OrbitStream  database connected \((plain|apache|timescale)\)"
+        eventually(lambda: terminal.shows(connected), 15, "the first frame")
         assert terminal.shows(r"worker +refused/s +full in")
         service.post("/telemetry/batch", [POINT] * 500)
         eventually(lambda: terminal.shows(r"committed +[1-9][\d,.]* /s"), 10, "a rate")
         terminal.resize(60)
         eventually(lambda: terminal.shows("accepted/s") and not terminal.shows("full in"), 10, "the narrow frame")
         refuse_connections(server, name, refuse=True)
-        eventually(lambda: terminal.shows("OrbitStream away"), 15, "the database away")
+        eventually(lambda: terminal.shows("OrbitStream  database away"), 15, "the database away")
         refuse_connections(server, name, refuse=False)
         os.write(terminal.fd, b"q")
         assert terminal.process.wait(5) == 0

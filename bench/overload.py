@@ -1,0 +1,153 @@
+"""What the capacity board says, and what comes: `orbitstream capacity`, then half its knee, then twice its knee.
+
+python -m bench.overload [--database-url postgresql://...]
+
+At half the knee the board's head-room is compared with the knee. At twice the knee its seconds until full, asked for
+each second, are compared with the seconds until the first point is answered 503, and the time until the disk is full
+with the growth of the database meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from bench import boards
+from bench.panels import scratch
+from engine import capacity, maintenance, migrate, rig, settings, stats, trial
+
+CALM_S = 14.0
+SETTLED_S = 5.0
+"""So long after its start an overload is judged: the board's line through the lanes' use takes as long."""
+
+
+class Watched:
+    """A running service: its lanes from outside, and what the boards say of it."""
+
+    def __init__(self, dsn: str, lane_dir: Path) -> None:
+        self._dsn, self._lane_dir = dsn, lane_dir
+        with migrate.connect(dsn, "orbitstream-bench") as connection:
+            self._edition = migrate.find_edition(connection)
+
+    def board(self, panel: str) -> dict[str, Any]:
+        with boards.opened(self._dsn, self._edition, datetime.now(UTC)) as opened:
+            [row] = opened.one(panel)
+        return row
+
+    def sample(self) -> tuple[float, int]:
+        """Have the storage sampled as maintenance does; returns the time and the bytes of the database."""
+        with migrate.connect(self._dsn, "orbitstream-bench") as connection:
+            maintenance.sample_storage(connection, self._edition)
+            [(size,)] = connection.execute("SELECT pg_database_size(current_database())").fetchall()
+        return time.monotonic(), size
+
+    def lanes(self) -> tuple[int, int, int]:
+        """Return points accepted, settled and refused so far."""
+        lanes = stats.take(self._lane_dir).lanes
+        return sum(it.accepted for it in lanes), sum(it.settled for it in lanes), sum(it.refused for it in lanes)
+
+
+def overload(watched: Watched, url: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Send `rate` points a second until a point is refused; return what the board said on the way."""
+    said: list[tuple[float, float]] = []
+    before, sampled = watched.lanes(), watched.sample()
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(rig.simulate, url, trial.load_flags(rate, options))
+        while watched.lanes()[0] == before[0] and not sending.done():
+            time.sleep(0.01)
+        begun = next_look = time.monotonic()
+        while (now := watched.lanes())[2] == before[2] and not sending.done():
+            if time.monotonic() >= next_look:
+                until = watched.board("capacity / 5 Seconds until full")["until full"]
+                said.append((time.monotonic() - begun, until))
+                next_look += 1.0
+            time.sleep(0.02)
+        full = time.monotonic() - begun
+        refused = now[2] > before[2]
+        grown = watched.sample()
+        disk = watched.board("capacity / 52 Disk full in")["until full"]
+        sending.result()
+    left = [(until, full - at) for at, until in said if at >= SETTLED_S and until and full - at > 2]
+    free = shutil.disk_usage(options.home).free
+    return {
+        "full": refused, "seconds_until_full": round(full, 1),
+        "arriving": round((now[0] - before[0]) / full), "draining": round((now[1] - before[1]) / full),
+        "board": [{"after_s": round(at, 1), "said_s": round(until, 1) if until else None, "came_s": round(full - at, 1)}
+                  for at, until in said],
+        "said_over_came": round(statistics.median(until / came for until, came in left), 3) if left else None,
+        "disk": {"board_s": disk, "grown_bytes_a_second": round((grown[1] - sampled[1]) / (grown[0] - sampled[0])),
+                 "came_s": free / max(1, (grown[1] - sampled[1]) / (grown[0] - sampled[0]))},
+    }  # fmt: skip
+
+
+def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure capacity and both loads."""
+    config = settings.load({"DATABASE_URL": dsn})
+    migrate.migrate(config, dsn, lambda _: None)
+    found = capacity.measure(dsn, lane_dir, options)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("TRUNCATE telemetry, engine_stats, storage_stats")
+    capacity.store(config, {**found, "node": config.node})
+    shutil.rmtree(lane_dir)
+    lane_dir.mkdir(mode=0o700)
+    knee, until = found["knee_points_per_second"], found["seconds_until_full_at_twice_the_knee"]
+    with rig.service(rig.overrides(dsn, lane_dir, options.workers, options.writers), lane_dir) as (_, url):
+        watched = Watched(dsn, lane_dir)
+        with ThreadPoolExecutor(1) as pool:
+            calm = argparse.Namespace(**{**vars(options), "seconds": CALM_S})
+            sending = pool.submit(rig.simulate, url, trial.load_flags(knee / 2, calm))
+            time.sleep(CALM_S - 2)
+            room, rate = watched.board("capacity / 3 Head-room"), watched.board("capacity / 1 Committed now")
+            sending.result()
+        rig.say("overload", f"{knee / 2:,.0f}/s: head-room {room}; now {2 * knee:,.0f}/s")
+        flood = argparse.Namespace(**{**vars(options), "seconds": 1.5 * (until or 20) + 10})
+        seen = overload(watched, url, 2 * knee, flood)
+    return {
+        "capacity": {name: found[name] for name in
+                     ("knee_points_per_second", "drain_points_per_second", "seconds_until_full_at_twice_the_knee")},
+        "half_the_knee": {"rate": round(rate["points/s"]), "head_room": room,
+                          "knee_over_rate": round(knee / rate["points/s"], 2)},
+        "twice_the_knee": seen,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Print the comparison; exit code 1 when the board's seconds until full are off by more than a fifth."""
+    parser = argparse.ArgumentParser(prog="bench.overload", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="a server (a private one)")
+    for name, default in (("satellites", 1000), ("batch", 1000), ("workers", 2), ("writers", 1), ("trials", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a trial of the knee (%(default)g)")
+    parser.add_argument("--bound", type=float, default=1000.0, help="p99 from arrival to commit in ms (%(default)g)")
+    options = parser.parse_args()
+    lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-overload", 0o700)
+    options.home = rig.private_folder(settings.load({}).home, "overload")
+    try:
+        with ExitStack() as stack:
+            if options.database_url:
+                dsn = stack.enter_context(scratch(options.database_url))
+            else:
+                dsn = stack.enter_context(rig.private_database(options.home, lambda _: None)).dsn
+            result = measure(dsn, lane_dir, options)
+    finally:
+        shutil.rmtree(lane_dir, ignore_errors=True)
+        shutil.rmtree(options.home, ignore_errors=True)
+    print(json.dumps(result, indent=1))
+    ratio = result["twice_the_knee"]["said_over_came"]
+    return 0 if ratio is not None and 0.8 <= ratio <= 1.2 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
