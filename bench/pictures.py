@@ -107,7 +107,7 @@ def curves(axes: Axes, panel: dict[str, Any], table: Table) -> None:
         axes.legend(fontsize=7, loc="best", frameon=False)
     axes.set_ylabel(suffix or None, fontsize=8)
     if panel["fieldConfig"]["defaults"].get("min") == 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])
     _clock(axes)
 
 
@@ -158,8 +158,8 @@ KINDS = {"stat": numbers, "timeseries": curves, "status-history": states, "state
 
 
 def _clock(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(maxticks=5))
-    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S", tz=UTC))
+    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=7))
+    axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M", tz=UTC))
     axes.grid(alpha=0.3)
 
 
@@ -177,7 +177,7 @@ def draw(board: dict[str, Any], asked: boards.Boards, view: boards.View, path: P
             figure.text(left + 0.01, top - 0.02 * 6 / height, panel["title"], fontsize=11, weight="bold", va="top")
             continue
         w, h = at["w"] / 24, at["h"] * CELL[1] / height
-        margin = (0.035, 0.36 / height) if panel["type"] not in ("stat", "table") else (0.004, 0.05 / height)
+        margin = (0.05, 0.36 / height) if panel["type"] not in ("stat", "table") else (0.004, 0.05 / height)
         axes = figure.add_axes((left + margin[0], top - h + margin[1], w - margin[0] - 0.008,
                                 h - margin[1] - 0.34 / height))  # fmt: skip
         axes.set_title("\n".join(textwrap.wrap(panel["title"], 40)), fontsize=8, loc="left")
