@@ -103,7 +103,11 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
     shutil.rmtree(lane_dir)
     lane_dir.mkdir(mode=0o700)
     knee, until = found["knee_points_per_second"], found["seconds_until_full_at_twice_the_knee"]
-    with rig.service(rig.overrides(dsn, lane_dir, options.workers, options.writers), lane_dir) as (_, url):
+    # Of smaller lanes, or it takes minutes on a slow machine.
+    lanes = settings.load({}).lane_bytes
+    until = until and until * options.lane_bytes / lanes
+    environment = rig.overrides(dsn, lane_dir, options.workers, options.writers)
+    with rig.service(environment | {"ORBITSTREAM_LANE_BYTES": str(options.lane_bytes)}, lane_dir) as (_, url):
         watched = Watched(dsn, lane_dir)
         with ThreadPoolExecutor(1) as pool:
             calm = argparse.Namespace(**{**vars(options), "seconds": CALM_S})
@@ -115,8 +119,8 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
         flood = argparse.Namespace(**{**vars(options), "seconds": 1.5 * (until or 20) + 10})
         seen = overload(watched, url, 2 * knee, flood)
     return {
-        "capacity": {name: found[name] for name in
-                     ("knee_points_per_second", "drain_points_per_second", "seconds_until_full_at_twice_the_knee")},
+        "capacity": {"knee": knee, "drain": found["drain_points_per_second"],
+                     "seconds_until_full_of_these_lanes": until and round(until, 1)},
         "half_the_knee": {"rate": round(rate["points/s"]), "head_room": room,
                           "knee_over_rate": round(knee / rate["points/s"], 2)},
         "twice_the_knee": seen,
@@ -131,6 +135,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a trial of the knee (%(default)g)")
     parser.add_argument("--bound", type=float, default=1000.0, help="p99 from arrival to commit in ms (%(default)g)")
+    parser.add_argument("--lane-bytes", type=int, default=24 << 20, help="size of a lane (%(default)s)")
     options = parser.parse_args()
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-overload", 0o700)
     options.home = rig.private_folder(settings.load({}).home, "overload")
