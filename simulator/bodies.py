@@ -29,6 +29,9 @@ MEDIA_TYPES: Final = {
     "arrow": "application/vnd.apache.arrow.stream",
 }
 KEY_DIGITS: Final = 12
+END_OF_STREAM: Final = b"\xff\xff\xff\xff\0\0\0\0"
+# Messages of as many lengths are kept: a full batch, and what is left of a block.
+LENGTHS_KEPT: Final = 4
 
 
 class Body(Protocol):
@@ -65,7 +68,11 @@ class ColumnBody:
 
 
 class ArrowBody:
-    """Write an Arrow IPC stream: satellite_id utf8, timestamp[us, UTC], a double a channel."""
+    """Write an Arrow IPC stream: satellite_id utf8, timestamp[us, UTC], a double a channel.
+
+    Ids are of one width and nothing is null: streams of as many points differ in their values alone. One of each length
+    is made by pyarrow and kept, and the values of the next are written over it.
+    """
 
     def __init__(self, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...]) -> None:
         import pyarrow as pa
@@ -73,32 +80,52 @@ class ArrowBody:
         self._pa = pa
         self._ids = ids
         self._first = first
-        self._scale = np.array([[10.0**channel.decimals] for channel in channels])
+        self._scale = [10.0**channel.decimals for channel in channels]
         self._time = pa.timestamp("us", tz="UTC")
         fields = [("satellite_id", pa.string()), ("timestamp", self._time)]
         self._schema = pa.schema(fields + [(channel.name, pa.float64()) for channel in channels])
         self._opening = memoryview(self._schema.serialize())
+        self._made: dict[int, tuple[memoryview, list[npt.NDArray[Any]]]] = {}
 
     def parts(self, readings: Readings) -> Sequence[Buffer]:
         """Return the stream: schema, one record batch, end."""
+        message, (ids, times, *values) = self._made.get(len(readings.satellite)) or self._make(len(readings.satellite))
+        np.take(self._ids, readings.satellite - self._first, out=ids)
+        times[:] = readings.time_us
+        for column, scale, cells in zip(readings.values, self._scale, values, strict=True):
+            # Divided, not multiplied by 0.01: 8731 / 100 is the double next to 87.31, as in the JSON formats.
+            np.divide(column, scale, out=cells)
+        return self._opening, message, END_OF_STREAM
+
+    def _make(self, count: int) -> tuple[memoryview, list[npt.NDArray[Any]]]:
+        """Make the message of a batch of `count` points; return it with the places of its values, column by column."""
         pa = self._pa
-        count = len(readings.satellite)
         width = self._ids.itemsize
         offsets = np.arange(0, (count + 1) * width, width, dtype=np.int32)
-        ids = np.take(self._ids, readings.satellite - self._first)
-        # Divided, not multiplied by 0.01: 8731 / 100 is the double next to 87.31, as in the JSON formats.
-        values = readings.values / self._scale
+        # A column of A's, one of B's, ...: each place is found by what stands there.
+        kinds = [self._ids.dtype, np.dtype(np.int64), *(np.dtype(np.float64) for _ in self._scale)]
+        marks = [np.frombuffer(bytes([65 + index]) * (count * kind.itemsize), kind) for index, kind in enumerate(kinds)]
         arrays: list[Any] = [
-            pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(ids)),
-            pa.Array.from_buffers(self._time, count, [None, pa.py_buffer(readings.time_us)]),
+            pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(marks[0])),
+            pa.Array.from_buffers(self._time, count, [None, pa.py_buffer(marks[1])]),
         ]
-        arrays += [pa.Array.from_buffers(pa.float64(), count, [None, pa.py_buffer(column)]) for column in values]
-        return stream(self._opening, pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        arrays += [pa.Array.from_buffers(pa.float64(), count, [None, pa.py_buffer(mark)]) for mark in marks[2:]]
+        message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=self._schema).serialize())
+        cells: list[npt.NDArray[Any]] = []
+        at = 0
+        for mark, kind in zip(marks, kinds, strict=True):
+            at = message.index(mark.tobytes(), at)
+            cells.append(np.frombuffer(message, kind, count, at))
+            at += mark.nbytes
+        if len(self._made) == LENGTHS_KEPT:
+            self._made.clear()
+        made = self._made[count] = memoryview(message), cells
+        return made
 
 
 def stream(opening: Buffer, batch: Any) -> Sequence[Buffer]:
     """Return an Arrow IPC stream of one pyarrow record batch: its schema's message, its own, and the end's."""
-    return opening, memoryview(batch.serialize()), b"\xff\xff\xff\xff\0\0\0\0"
+    return opening, memoryview(batch.serialize()), END_OF_STREAM
 
 
 def make_body(kind: str, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...], capacity: int) -> Body:
