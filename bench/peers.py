@@ -83,7 +83,8 @@ def main() -> int:
     try:
         with rig.private_database(home, lambda message: None) as server:
             migrate.migrate(settings.load({}), server.dsn, lambda message: None)
-            figures["copy alone"] = trial.copy_ceiling(server.dsn, options.satellites, 1, seconds=options.seconds / 2)
+            ceiling = trial.Ceiling(server.dsn, options.satellites, 1, seconds=options.seconds / 2)
+            figures["copy alone"] = ceiling.rows_per_second
             overrides = rig.overrides(server.dsn, lane_dir, options.workers, options.writers)
             with rig.service(overrides, lane_dir) as (service, url), psycopg.connect(server.dsn) as connection:
                 connection.autocommit = True

@@ -3,7 +3,7 @@
 A service of its own, with lanes of its own, on a scratch database: made on the server of DATABASE_URL and dropped
 afterwards, or on a private embedded server when that is not set. In one run, so that ratios hold:
 
-    ceiling      the same rows by COPY alone: the most that the database takes
+    ceiling      the same rows by COPY alone, before each trial: the most that the database takes
     saturation   as many points as the edge takes: how fast the lanes drain, CPU a point of each stage
     knee         the highest rate with nothing refused and the p99 from arrival to commit under the bound, by bisection
 """
@@ -29,7 +29,7 @@ from psycopg import sql
 from engine import migrate, rig
 from engine.rig import RigError
 from engine.settings import Settings
-from engine.trial import Bench, Trial, copy_ceiling, find_knee
+from engine.trial import Bench, Ceiling, Trial, find_knee
 
 CORES_SHOWN: Final = (1, 2, 4, 8, 16)
 
@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
     """Add `capacity` to the command line."""
     command = commands.add_parser(
         "capacity",
-        help="measure how much this machine and database take, and what limits it (about a minute)",
+        help="measure how much this machine and database take, and what limits it (two minutes)",
         description="Load a service of its own on a scratch database of DATABASE_URL's server (or of a private one), "
         "find the knee, and store it in the capacity table of DATABASE_URL. Telemetry and lanes are not touched.",
     )
@@ -48,7 +48,7 @@ def add_command(commands: Any) -> None:
     add("--batch", type=int, default=1000, help="points a request (default: %(default)s)")
     add("--workers", type=int, default=2, help="web workers (default: %(default)s)")
     add("--writers", type=int, default=1, help="writers (default: %(default)s)")
-    add("--bound", type=float, default=1000.0, help="p99 from arrival to commit in ms (default: %(default)s)")
+    add("--bound", type=float, default=500.0, help="p99 from arrival to commit in ms (default: %(default)s)")
     add("--seconds", type=float, default=4.0, help="length of a trial (default: %(default)s)")
     add("--trials", type=int, default=6, help="steps of the search for the knee (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="write capacity.json and, with matplotlib, capacity.png there")
@@ -108,7 +108,7 @@ def _scratch_database(config: Settings, home: Path) -> Iterator[str]:
 def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure ceiling, saturation and knee on an empty database; return the result, JSON-ready."""
     _say("COPY alone")
-    ceiling = copy_ceiling(dsn, options.satellites, options.writers, seconds=options.seconds / 2)
+    ceiling = Ceiling(dsn, options.satellites, options.writers, seconds=options.seconds / 4)
     with (
         rig.service(rig.overrides(dsn, lane_dir, options.workers, options.writers), lane_dir) as (service, url),
         psycopg.connect(dsn, autocommit=True) as connection,
@@ -118,8 +118,8 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
         full = bench.trial(0.0)
         points = bench.lane_points()
         _say(f"saturation: accepted {full.accepted:,.0f}/s, committed {full.committed:,.0f}/s; looking for the knee")
-        knee, trials = find_knee(bench, 0.25 * full.committed, 1.15 * full.committed, options)
-    return describe(knee, full, trials, ceiling, points, options)
+        knee, trials = find_knee(bench, full, options, ceiling.measure)
+    return describe(knee, full, trials, ceiling.rows_per_second, points, options)
 
 
 def describe(

@@ -126,9 +126,11 @@ def _play(values: Scaled, rows: Int64s, kind: Kinds, progress: Floats, seconds: 
 
     def pull(channel: int, which: npt.NDArray[np.bool_], to: float, speed: float) -> None:
         """Move a channel from its calm course to a value, in the first 1 / speed of the episode."""
-        part = np.minimum(progress[which] * speed, 1.0)
-        calm = values[channel, rows[which]]
-        values[channel, rows[which]] = calm + (to - calm) * part
+        if which.any():
+            part = np.minimum(progress[which] * speed, 1.0)
+            mine = rows[which]
+            calm = values[channel, mine]
+            values[channel, mine] = calm + (to - calm) * part
 
     pull(0, kind == Anomaly.BATTERY_DRAIN, 400.0, 1.5)
     pull(1, kind == Anomaly.STORAGE_LEAK, 9_750_000.0, 1.5)
