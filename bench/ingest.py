@@ -1,32 +1,41 @@
-"""End to end with real processes: points/s committed against COPY alone in the same run, CPU a point, memory.
+"""End to end with real processes: points/s committed against COPY alone in the same run, CPU a point, latency, memory.
 
 python -m bench.ingest --seconds 5 --format json
+python -m bench.ingest --rate 10000 --batch 100 --fleets 1000 --seconds 30
+python -m bench.ingest --database-url postgresql://... --history 100000000 --fleets 1000
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import psycopg
 
 from bench import results
-from engine import migrate, rig, settings, trial
+from bench.memory import Memory
+from engine import copy_format, migrate, rig, settings, trial
+from engine.columnstore import Columnstore
+from engine.rows import Columns
 from simulator.control import make_jobs
 from simulator.flags import build_parser, settings_from
 from simulator.load import Plan
 
 FLEETS = (100, 10_000, 100_000)
+STAGES = ("edge", "writer", "maintenance", "supervisor")
+HISTORY_BATCH = 100_000
+HISTORY_DAYS = 10
 
 
 def orjson_us(batch: int) -> float:
-    """Return the CPU time of orjson.loads a point, in us, over bodies as the simulator sends them."""
+    """Return the CPU time of orjson.loads a point, in us, over bodies as the simulator sends them; the best of five."""
     flags = ["--rate", "0", "--batch", str(batch), "--satellites", "1000", "--processes", "1"]
     plan = Plan(
         make_jobs(settings_from(build_parser().parse_args(flags)), 2, ("h", 1), host="h", path="", token=None)[0]
@@ -38,100 +47,149 @@ def orjson_us(batch: int) -> float:
         assert made is not None
         bodies += [bytes(request.data).partition(b"\r\n\r\n")[2] for request in made[1]]
         points += sum(request.points for request in made[1])
-    begin = time.process_time()
+    times = []
     for _ in range(5):
+        begin = time.process_time()
         for body in bodies:
             orjson.loads(body)
-    return (time.process_time() - begin) / (5 * points) * 1e6
+        times.append(time.process_time() - begin)
+    return min(times) / points * 1e6
 
 
-class Memory(threading.Thread):
-    """Sample the largest process of each stage every half second."""
+def add_history(connection: psycopg.Connection[Any], points: int, satellites: int) -> None:
+    """Fill telemetry with points of the last days but today's, as writers would have stored them."""
+    columnstore = Columnstore(connection)
+    names = np.array([b"SAT-%05d" % index for index in range(satellites)])
+    span_us = HISTORY_DAYS * 86_400_000_000
+    first = time.time_ns() // 1_000 - span_us - 86_400_000_000
+    dice = np.random.default_rng(1)
+    begin = time.monotonic()
+    for start in range(0, points, HISTORY_BATCH):
+        index = np.arange(start, start + HISTORY_BATCH)
+        columns = Columns(
+            time=first + index * span_us // points,
+            satellite_id=names[index % satellites],
+            values={
+                "battery_charge_percent": dice.integers(3_000, 9_900, HISTORY_BATCH) / 100,
+                "storage_usage_mb": dice.integers(200_000, 8_000_000, HISTORY_BATCH) / 100,
+                "signal_strength_dbm": dice.integers(-9_000, -5_600, HISTORY_BATCH) / 100,
+            },
+            is_anomaly=np.zeros(HISTORY_BATCH, np.bool_),
+        )
+        store(connection, columnstore, columns)
+        if start % (100 * HISTORY_BATCH) == 0:
+            rig.say("ingest", f"history: {start:,} of {points:,} points ({time.monotonic() - begin:.0f} s)")
 
-    def __init__(self, service: int) -> None:
-        super().__init__(daemon=True)
-        self._service = service
-        self._done = threading.Event()
-        self.samples: list[dict[str, int]] = []
-        self.start()
 
-    def run(self) -> None:
-        while not self._done.wait(0.5):
-            self.samples.append(rig.anonymous_bytes(self._service))
-
-    def stop(self) -> dict[str, list[float]]:
-        """Return MB by stage, sample after sample."""
-        self._done.set()
-        self.join()
-        stages = self.samples[0] if self.samples else {}
-        return {stage: [round(sample.get(stage, 0) / 1e6, 1) for sample in self.samples] for stage in stages}
+def store(connection: psycopg.Connection[Any], columnstore: Columnstore, columns: Columns) -> None:
+    """COPY points into telemetry as a writer does."""
+    columns = copy_format.take(columns, copy_format.order(columns))
+    names = ", ".join(copy_format.column_names(columns))
+    with connection.transaction(), connection.cursor() as cursor:
+        columnstore.begin(cursor, len(columns))
+        with cursor.copy(f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
+            copy.write(copy_format.encode(columns, columns.time))
+        columnstore.end(cursor, len(columns))
 
 
 def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one size of fleet on a database and a service of its own."""
-    config = settings.load({})
+    config = settings.load({"DATABASE_URL": options.database_url} if options.database_url else {})
     home = rig.private_folder(Path("/tmp"), "orbitstream-bench")
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-bench", 0o700)
     flags = argparse.Namespace(**{**vars(options), "satellites": satellites})
     try:
-        with rig.private_database(home, lambda message: None) as server:
-            migrate.migrate(config, server.dsn, lambda message: None)
-            ceiling = trial.copy_ceiling(server.dsn, satellites, options.writers, seconds=options.seconds / 2)
-            overrides = rig.overrides(server.dsn, lane_dir, flags.workers, flags.writers)
-            with rig.service(overrides, lane_dir) as (service, url), psycopg.connect(server.dsn) as connection:
-                connection.autocommit = True
+        with trial.scratch_database(config, home) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
+            ceiling = trial.Ceiling(dsn, satellites, options.writers, seconds=min(options.seconds / 4, 3.0))
+            overrides = rig.overrides(dsn, lane_dir, flags.workers, flags.writers)
+            with rig.service(overrides, lane_dir) as (service, url):
                 bench = trial.Bench(service.pid, url, lane_dir, connection, flags)
                 memory = Memory(service.pid)
-                found = bench.trial(0.0)
+                found = bench.trial(options.rate)
                 sizes = memory.stop()
+                filled = None
+                if options.history:
+                    empty = [found, bench.trial(options.rate)]
+                    add_history(connection, options.history, satellites)
+                    filled = [bench.trial(options.rate) for _ in empty]
+                else:
+                    ceiling.measure()
+            edition = str(migrate.find_edition(connection))
     finally:
         shutil.rmtree(lane_dir, ignore_errors=True)
         shutil.rmtree(home, ignore_errors=True)
-    return {
+    figures = {
         "satellites": satellites,
+        "server": edition,
         "accepted_per_second": round(found.accepted),
         "committed_per_second": round(found.committed),
-        "copy_per_second": round(ceiling),
-        "committed_to_copy": round(found.committed / ceiling, 3),
+        "copy_per_second": round(ceiling.rows_per_second),
+        "committed_to_copy": round(found.committed / ceiling.rows_per_second, 3),
+        "straight_to_columnstore": round(found.compressed, 3),
+        "refused": found.refused,
+        "commit_ms": {"p50": round(found.p50_ms, 1), "p99": round(found.p99_ms, 1)},
         "cpu_us_per_point": {stage: round(value, 3) for stage, value in found.cpu_us.items()},
-        "memory_mb": sizes,
+        "memory": sizes,
     }
+    if filled is not None:
+        rates = [statistics.mean(each.committed for each in trials) for trials in (empty, filled)]
+        figures["filled_to_empty"] = round(rates[1] / rates[0], 3)
+    return figures
 
 
-def main() -> int:
-    """Measure every fleet, write results/ingest-FORMAT.json, print a line each."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ingest", description=__doc__.splitlines()[0])
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.ingest", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--fleets", type=int, nargs="+", default=list(FLEETS))
+    add("--rounds", type=int, default=1, help="measure every fleet so many times, in turns (1)")
     add("--seconds", type=float, default=5.0)
+    add("--rate", type=float, default=0.0, help="points/s (as many as are taken)")
     add("--batch", type=int, default=1000)
     add("--format", default="json", choices=["json", "columnar", "ndjson", "arrow"])
     add("--workers", type=int, default=2)
     add("--writers", type=int, default=1)
+    add("--history", type=int, default=0, metavar="POINTS", help="measure again with so many points in the table")
+    add("--database-url", help="make a scratch database on this server (a private one)")
+    add("--name", help="of the results' file (ingest-FORMAT)")
     add("--output", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure every fleet, write results/NAME.json, print a line each."""
+    options = parse()
     floor = orjson_us(options.batch)
     figures = []
-    for satellites in options.fleets:
+    for satellites in options.fleets * options.rounds:
         found = measure(satellites, options)
-        ours = sum(found["cpu_us_per_point"][stage] for stage in ("edge", "writer", "maintenance", "supervisor"))
+        ours = sum(found["cpu_us_per_point"][stage] for stage in STAGES)
         found["cpu_to_orjson"] = round(ours / floor, 2)
         figures.append(found)
         print(
             f"{satellites:>7,} satellites: committed {found['committed_per_second']:,}/s, "
-            f"{found['committed_to_copy']:.2f} of COPY alone, CPU {ours:.2f} us a point, "
+            f"{found['committed_to_copy']:.2f} of COPY alone, {found['straight_to_columnstore']:.0%} straight to the "
+            f"columnstore, p99 to commit {found['commit_ms']['p99']:.0f} ms, CPU {ours:.2f} us a point, "
             f"{found['cpu_to_orjson']:.1f} times orjson.loads",
             flush=True,
         )
-    growth = figures[-1]["committed_per_second"] / figures[0]["committed_per_second"]
-    configuration = {name: getattr(options, name) for name in ("seconds", "batch", "format", "workers", "writers")}
-    name = f"ingest-{options.format}"
+    rates = {
+        f"{satellites:,} satellites": float(
+            statistics.median(each["committed_per_second"] for each in figures if each["satellites"] == satellites)
+        )
+        for satellites in options.fleets
+    }
+    ordered = list(rates.values())
+    growth = round(ordered[-1] / ordered[0], 3)
+    names = ("seconds", "rounds", "rate", "batch", "format", "workers", "writers", "history")
+    name = options.name or f"ingest-{options.format}"
     path = results.save(
-        name, configuration, {"fleets": figures, "largest_to_smallest": round(growth, 3)}, options.output
+        name,
+        {each: getattr(options, each) for each in names},
+        {"orjson_us_per_point": round(floor, 3), "fleets": figures, "last_to_first": growth},
+        options.output,
     )
-    rates = {f"{found['satellites']:,} satellites": float(found["committed_per_second"]) for found in figures}
     results.bars(name, "committed end to end", "points/s", rates, options.output)
-    print(f"largest fleet to smallest: {growth:.2f}; {path}")
+    print(f"last fleet to first: {growth:.2f}; {path}")
     return 0
 
 

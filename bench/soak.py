@@ -22,6 +22,7 @@ import numpy as np
 import psycopg
 
 from bench import results
+from bench.memory import Samples, slopes
 from engine import heartbeat, migrate, rig, settings, trial
 from engine.demo import compare
 
@@ -36,7 +37,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self._service, self._lane_dir, self._kill_every = service, lane_dir, kill_every
         self._done = threading.Event()
-        self.memory: list[tuple[float, dict[str, int]]] = []
+        self.memory: Samples = []
         self.bins: list[np.ndarray[Any, Any]] = []
         self.kills = {"edge": 0, "writer": 0}
         self.start()
@@ -66,17 +67,6 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         self._done.set()
         self.join()
-
-
-def slopes(memory: list[tuple[float, dict[str, int]]]) -> dict[str, float]:
-    """Return the growth of each stage's memory in percent a minute, by a line through the last three quarters."""
-    kept = memory[len(memory) // 4 :]
-    times = np.array([when for when, _ in kept]) / 60
-    found = {}
-    for stage in kept[0][1]:
-        sizes = np.array([sample.get(stage, 0) for _, sample in kept], dtype=float)
-        found[stage] = round(float(np.polyfit(times, sizes, 1)[0] / sizes.mean() * 100), 3)
-    return found
 
 
 def drift(bins: list[np.ndarray[Any, Any]]) -> dict[str, float]:

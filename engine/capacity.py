@@ -18,18 +18,15 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import psycopg
-from psycopg import sql
 
-from engine import migrate, rig
+from engine import rig
 from engine.rig import RigError
 from engine.settings import Settings
-from engine.trial import Bench, Ceiling, Trial, find_knee
+from engine.trial import Bench, Ceiling, Trial, find_knee, scratch_database
 
 CORES_SHOWN: Final = (1, 2, 4, 8, 16)
 
@@ -62,7 +59,7 @@ def run(config: Settings, options: argparse.Namespace) -> int:
     home = rig.private_folder(config.home, "capacity")
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-capacity", 0o700)
     try:
-        with _scratch_database(config, home) as dsn:
+        with scratch_database(config, home) as dsn:
             result = measure(dsn, lane_dir, options)
     except (RigError, psycopg.Error) as error:
         print(f"orbitstream capacity: {error}", file=sys.stderr)
@@ -79,30 +76,6 @@ def run(config: Settings, options: argparse.Namespace) -> int:
         _plot(result, options.output / "capacity.png")
     print(json.dumps(result) if options.json else to_words(result))
     return 0
-
-
-@contextmanager
-def _scratch_database(config: Settings, home: Path) -> Iterator[str]:
-    """Yield the URL of an empty, migrated database that is gone afterwards."""
-    if config.database_url is None:
-        _say("starting a private database")
-        with rig.private_database(home, _say) as server:
-            migrate.migrate(config, server.dsn, lambda message: None)
-            yield server.dsn
-        return
-    url = config.migration_database_url or config.database_url
-    name = sql.Identifier(f"orbitstream_capacity_{os.getpid()}")
-    with psycopg.connect(url, autocommit=True) as owner:
-        try:
-            owner.execute(sql.SQL("CREATE DATABASE {}").format(name))
-        except psycopg.errors.InsufficientPrivilege as error:
-            raise RigError("the account may not create a scratch database: ALTER ROLE .. CREATEDB") from error
-        try:
-            dsn = psycopg.conninfo.make_conninfo(url, dbname=f"orbitstream_capacity_{os.getpid()}")
-            migrate.migrate(config, dsn, lambda message: None)
-            yield dsn
-        finally:
-            owner.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
 
 
 def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, Any]:

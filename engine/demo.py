@@ -154,9 +154,12 @@ def run(config: Settings, options: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         invented = f", {comparison.invented} never sent or refused" if comparison.invented else ""
+        # A satellite in an episode of silence sends nothing: its readings were due, and nobody lost them.
+        silent = f"; {result['silent']} more not sent, by silent satellites" if result["silent"] else ""
         print(
             f"committed {comparison.committed} points in {result['seconds']:.1f} s "
-            f"({result['points_per_second']}/s), {comparison.lost} lost, {comparison.duplicated} duplicated{invented}"
+            f"({result['points_per_second']}/s), {comparison.lost} lost, {comparison.duplicated} duplicated"
+            f"{invented}{silent}"
         )
     return 0 if comparison.clean and comparison.accepted else 1
 
@@ -179,6 +182,7 @@ def _run_in(home: Path, lane_dir: Path, options: argparse.Namespace) -> dict[str
     p50, p99 = heartbeat.latency_ms(np.asarray(bins, np.uint64), (0.5, 0.99))
     return {
         "sent": comparison.sent,
+        "silent": report["silent"],
         "accepted": comparison.accepted,
         "committed": comparison.committed,
         "lost": comparison.lost,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,10 +16,11 @@ import numpy as np
 import psycopg
 from psycopg import sql
 
-from engine import copy_format, heartbeat, lanes, rig
+from engine import copy_format, heartbeat, lanes, migrate, rig
 from engine.columnstore import Columnstore
 from engine.rig import RigError
 from engine.rows import Columns
+from engine.settings import Settings
 
 COPY_BATCHES: Final = (10_000, 50_000, 100_000)
 """Rows of one COPY and transaction; the best of them is the ceiling."""
@@ -30,7 +32,8 @@ processor than it needs at the knee."""
 
 @dataclass(slots=True)
 class Trial:
-    """What one run of the simulator came to: rates in points/s, latency from arrival to commit in ms."""
+    """What one run of the simulator came to: rates in points/s, latency from arrival to commit in ms, the share of the
+    points that went straight to the columnstore, CPU us a point by stage."""
 
     offered: float
     accepted: float
@@ -39,11 +42,36 @@ class Trial:
     p99_ms: float
     refused: int
     behind_s: float
+    compressed: float
     cpu_us: dict[str, float]
 
     def passes(self, bound_ms: float) -> bool:
         """Tell whether the service kept up: nothing refused, nothing late."""
         return not self.refused and self.p99_ms <= bound_ms and self.behind_s < 1.0
+
+
+@contextmanager
+def scratch_database(config: Settings, home: Path) -> Iterator[str]:
+    """Yield the URL of an empty, migrated database that is gone afterwards: on the server of DATABASE_URL, or, without
+    one, on a private server in `home`. Raises RigError, psycopg.Error."""
+    if config.database_url is None:
+        with rig.private_database(home, lambda message: None) as server:
+            migrate.migrate(config, server.dsn, lambda message: None)
+            yield server.dsn
+        return
+    url = config.migration_database_url or config.database_url
+    name = f"orbitstream_trial_{os.getpid()}"
+    with psycopg.connect(url, autocommit=True) as owner:
+        try:
+            owner.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise RigError("the account may not create a scratch database: ALTER ROLE .. CREATEDB") from error
+        try:
+            dsn = psycopg.conninfo.make_conninfo(url, dbname=name)
+            migrate.migrate(config, dsn, lambda message: None)
+            yield dsn
+        finally:
+            owner.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 def load_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +180,7 @@ class Bench:
     def trial(self, rate: float) -> Trial:
         """Send `rate` points/s (0: as many as are taken), wait until all are committed, and return what came of it."""
         options = self._options
-        committed, bins, cpu = self._committed(), self._bins(), self._cpu()
+        committed, compressed, bins, cpu = self._committed(), self._compressed(), self._bins(), self._cpu()
         begin = time.monotonic()
         report = rig.simulate(self._url, load_flags(rate, options))
         now = time.monotonic()
@@ -177,6 +205,7 @@ class Bench:
             p99_ms=p99,
             refused=report["refused"] + report["unknown"] + report["retries"],
             behind_s=report["behind_seconds"],
+            compressed=(self._compressed() - compressed) / max(points, 1),
             cpu_us=spent | {"simulator": report["cpu_seconds"] / max(report["sent"], 1) * 1e6},
         )
 
@@ -198,6 +227,9 @@ class Bench:
 
     def _committed(self) -> int:
         return sum(beat.committed_points for beat in heartbeat.read_all(self._lane_dir))
+
+    def _compressed(self) -> int:
+        return sum(beat.compressed_points for beat in heartbeat.read_all(self._lane_dir))
 
     def _bins(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         return np.asarray(sum(beat.latency_bins for beat in heartbeat.read_all(self._lane_dir)), np.uint64)

@@ -36,8 +36,8 @@ SINGLES_BLOCK = 256
 MAX_AHEAD_S = 1.0
 # A batch with many single posts beside it would otherwise be made long before its last point leaves.
 MAX_BLOCK = 20_000
-# Points of several batches are made together, up to so many: a call of numpy costs as much as 100 points in it, and rare
-# anomalies a fixed number of calls a block.
+# Points of several batches are made together, up to so many: a call of numpy costs as much as 100 points in it, and
+# rare anomalies a number of calls a block.
 LARGE_BLOCK = 20_000
 # But points are made so long before they are due at most.
 AHEAD_S = 0.05

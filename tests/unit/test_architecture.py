@@ -84,8 +84,8 @@ ALLOWED: dict[str, set[str]] = {
     "operate": {"archive", "consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "tokens", "verify"},
     "rig": {"embedded"},
     "demo": {"heartbeat", "rig"},
-    "trial": {"copy_format", "heartbeat", "lanes", "rig", "rows"},
-    "capacity": {"migrate", "rig", "trial"},
+    "trial": {"columnstore", "copy_format", "heartbeat", "lanes", "migrate", "rig", "rows"},
+    "capacity": {"rig", "trial"},
     "__main__": {
         "capacity", "demo", "embedded", "health", "heartbeat", "installations", "lanes", "limits", "migrate",
         "operate", "ring", "supervisor", "tokens", "top", "writer",
