@@ -19,10 +19,9 @@ crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random
 	ORBITSTREAM_CRASH_LONG=1 ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \
 	  $(BIN)/python -m pytest -s --timeout 3600 tests/crash tests/unit/test_ring_model.py
 
-bench: .venv/bench  ## what each stage costs, and the whole against COPY alone and simpler designs (about 5 minutes)
+bench: .venv/bench  ## what each stage costs, every target and its result, simpler designs, capacity (about 40 minutes)
 	$(BIN)/python -m pytest -q -p no:randomly bench --benchmark-max-time 0.5
-	$(BIN)/python -m bench.ingest
-	$(BIN)/python -m bench.edge
+	-$(BIN)/python -m bench.targets --again
 	$(BIN)/python -m bench.peers
 	$(BIN)/orbitstream capacity --output bench/results
 

@@ -177,6 +177,8 @@ def table(folder: Path) -> list[tuple[str, str, str, str, str]]:
 def footnote(folder: Path) -> str:
     """Say of which commits and on which machines the results are."""
     documents = [json.loads(path.read_text()) for name in RUNS if (path := folder / f"{name}.json").exists()]
+    if not documents:
+        return "Not measured yet."
     commits = sorted({document["commit"] for document in documents})
     machines = sorted({f"{d['machine']['cores']} x {d['machine']['cpu']}, {d['machine']['memory_gib']:.0f} GiB"
                        for d in documents})  # fmt: skip

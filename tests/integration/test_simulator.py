@@ -22,7 +22,7 @@ Row = tuple[object, ...]
 
 def send(port: int, form: str, encoding: str, batch: int) -> set[Row]:
     """Post 250 points, or what of them is not silent, as a sender process would; return their rows."""
-    flags = ["--satellites", "20", "--seed", "1", "--rate", "0", "--points", "250", "--processes", "1", "--channels", "all",
+    flags = ["--satellites", "20", "--rate", "0", "--points", "250", "--processes", "1", "--channels", "all",
              "--anomaly-rate", "0.2", "--format", form, "--encoding", encoding, "--batch", str(batch)]  # fmt: skip
     settings = settings_from(build_parser().parse_args(flags))
     address = ("127.0.0.1", port)
