@@ -141,7 +141,7 @@ def main() -> int:
     add("--workers", type=int, default=2)
     add("--writers", type=int, default=1)
     add("--output", type=Path)
-    parser.set_defaults(bound=1000.0, seconds=4.0, trials=4)
+    parser.set_defaults(bound=500.0, seconds=4.0, trials=8)
     options = parser.parse_args()
     home = rig.private_folder(Path("/tmp"), "orbitstream-soak")
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-soak", 0o700)

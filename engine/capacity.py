@@ -5,7 +5,7 @@ afterwards, or on a private embedded server when that is not set. In one run, so
 
     ceiling      the same rows by COPY alone, before each trial: the most that the database takes
     saturation   as many points as the edge takes: how fast the lanes drain, CPU a point of each stage
-    knee         the highest rate with nothing refused and the p99 from arrival to commit under the bound, by bisection
+    knee         the highest rate with nothing refused and the p99 from arrival to commit under the bound
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
     add("--writers", type=int, default=1, help="writers (default: %(default)s)")
     add("--bound", type=float, default=500.0, help="p99 from arrival to commit in ms (default: %(default)s)")
     add("--seconds", type=float, default=4.0, help="length of a trial (default: %(default)s)")
-    add("--trials", type=int, default=6, help="steps of the search for the knee (default: %(default)s)")
+    add("--trials", type=int, default=10, help="steps of the search for the knee (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="write capacity.json and, with matplotlib, capacity.png there")
     add("--json", action="store_true", help="print the result as one JSON object")
 

@@ -25,9 +25,11 @@ from engine.settings import Settings
 COPY_BATCHES: Final = (10_000, 50_000, 100_000)
 """Rows of one COPY and transaction; the best of them is the ceiling."""
 DRAIN_S: Final = 120.0
-LOWEST, HIGHEST = 0.5, 1.5
-"""Where the knee is looked for, as shares of what is committed at saturation: then the edge has taken more of the
-processor than it needs at the knee."""
+FIRST_STEP: Final = 0.25
+STEP_POWER: Final = 0.8
+LOWEST: Final = 0.05
+"""Steps towards the knee and its least, as shares of what is committed at saturation. Step n is the first over n to the
+power; ten then reach from nearly 0 to twice the saturation, and end in steps of 4 %."""
 
 
 @dataclass(slots=True)
@@ -242,39 +244,24 @@ class Bench:
 def find_knee(
     bench: Bench, full: Trial, options: argparse.Namespace, between: Callable[[], None] = lambda: None
 ) -> tuple[Trial, list[Trial]]:
-    """Bisect for the highest rate that passes, around what was committed at saturation; return it, and all trials.
+    """Look for the highest rate that passes, from what was committed at saturation; return it, and all trials.
 
-    A trial that fails is repeated, and a third one decides: a machine that is busy for a moment must not halve the
-    result. `between` is called before each.
+    Up after a trial that passed, down after one that did not, in ever smaller steps: a machine that was busy for a
+    moment is made up for by the trials that follow. The knee is the trial that passed which the others contradict
+    least: by failing at its rate or less, or by passing above it. `between` is called before each trial.
     """
-    trials: list[Trial] = []
-
-    def run(rate: float) -> Trial:
+    rate, trials = full.committed, list[Trial]()
+    for number in range(1, options.trials + 1):
         between()
         trials.append(bench.trial(rate))
-        return trials[-1]
+        step = FIRST_STEP * full.committed / number**STEP_POWER
+        rate = max(rate + (step if trials[-1].passes(options.bound) else -step), LOWEST * full.committed)
+    passed = [trial for trial in trials if trial.passes(options.bound)]
+    if not passed:
+        least = min(trial.offered for trial in trials)
+        raise RigError(f"even {least:,.0f} points/s are committed later than {options.bound:g} ms: raise --bound")
 
-    def passing(rate: float) -> Trial | None:
-        votes = [run(rate)]
-        if not votes[0].passes(options.bound):
-            votes.append(run(rate))
-            if votes[1].passes(options.bound):
-                votes.append(run(rate))
-        passed = [trial for trial in votes if trial.passes(options.bound)]
-        return passed[-1] if 2 * len(passed) > len(votes) else None
+    def contradicting(knee: Trial) -> int:
+        return sum((trial.offered > knee.offered) == trial.passes(options.bound) for trial in trials)
 
-    low, high = LOWEST * full.committed, HIGHEST * full.committed
-    for _ in range(3):
-        best = passing(low)
-        if best is not None:
-            break
-        low, high = low / 2, low
-    else:
-        raise RigError(f"even {high:,.0f} points/s are committed later than {options.bound:g} ms: raise --bound")
-    for _ in range(options.trials):
-        trial = passing(0.5 * (low + high))
-        if trial is None:
-            high = 0.5 * (low + high)
-        else:
-            best, low = trial, trial.offered
-    return best, trials
+    return min(passed, key=lambda trial: (contradicting(trial), -trial.offered)), trials
