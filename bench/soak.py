@@ -124,7 +124,7 @@ def find_knee(dsn: str, lane_dir: Path, overrides: dict[str, str], options: argp
     with rig.service(overrides, lane_dir) as (service, url), psycopg.connect(dsn, autocommit=True) as connection:
         bench = trial.Bench(service.pid, url, lane_dir, connection, options)
         full = bench.trial(0.0)
-        knee, _ = trial.find_knee(bench, full, options)
+        knee, _ = trial.find_knee(bench, full, options, lambda: 1.0)
         rig.stop(service)
     return knee.offered
 

@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,15 +89,15 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
     ):
         bench = Bench(service.pid, url, lane_dir, connection, options)
         _say("saturation")
-        full = bench.trial(0.0)
+        full = replace(bench.trial(0.0), copy=ceiling.measure())
         points = bench.lane_points()
         _say(f"saturation: accepted {full.accepted:,.0f}/s, committed {full.committed:,.0f}/s; looking for the knee")
         knee, trials = find_knee(bench, full, options, ceiling.measure)
-    return describe(knee, full, trials, ceiling.rows_per_second, points, options)
+    return describe(knee, full, trials, points, options)
 
 
 def describe(
-    knee: Trial, full: Trial, trials: list[Trial], ceiling: float, lane_points: float, options: argparse.Namespace
+    knee: Trial, full: Trial, trials: list[Trial], lane_points: float, options: argparse.Namespace
 ) -> dict[str, Any]:  # fmt: skip
     """Put the result together: what was measured, and what follows from it."""
     ours = {stage: full.cpu_us[stage] for stage in ("edge", "writer", "database")}
@@ -112,9 +113,9 @@ def describe(
         "knee_p99_ms": round(knee.p99_ms, 1),
         "drain_points_per_second": round(full.committed),
         "edge_points_per_second": round(full.accepted),
-        "copy_points_per_second": round(ceiling),
-        "knee_to_copy": round(knee.offered / ceiling, 3) if ceiling else None,
-        "drain_to_copy": round(full.committed / ceiling, 3) if ceiling else None,
+        "copy_points_per_second": round(knee.copy),
+        "knee_to_copy": round(knee.share, 3),
+        "drain_to_copy": round(full.committed / full.copy, 3),
         "cpu_us_per_point": {stage: round(value, 3) for stage, value in full.cpu_us.items()},
         "predicted": predicted,
         "lane_points": round(lane_points),
@@ -125,8 +126,8 @@ def describe(
             for name in ("satellites", "batch", "workers", "writers", "bound", "seconds", "trials")
         },
         "trials": [
-            {"offered": round(t.offered), "p99_ms": round(t.p99_ms, 1), "refused": t.refused,
-             "behind_s": round(t.behind_s, 3)} for t in trials
+            {"offered": round(t.offered), "share": round(t.share, 3), "p99_ms": round(t.p99_ms, 1),
+             "refused": t.refused, "behind_s": round(t.behind_s, 3)} for t in trials
         ],
     }  # fmt: skip
 

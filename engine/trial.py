@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ power; ten then reach from nearly 0 to twice the saturation, and end in steps of
 @dataclass(slots=True)
 class Trial:
     """What one run of the simulator came to: rates in points/s, latency from arrival to commit in ms, the share of the
-    points that went straight to the columnstore, CPU us a point by stage."""
+    points that went straight to the columnstore, CPU us a point by stage; copy: rows/s of COPY alone at the time."""
 
     offered: float
     accepted: float
@@ -46,6 +46,12 @@ class Trial:
     behind_s: float
     compressed: float
     cpu_us: dict[str, float]
+    copy: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """Return the offered rate as a share of COPY alone."""
+        return self.offered / self.copy
 
     def passes(self, bound_ms: float) -> bool:
         """Tell whether the service kept up: nothing refused, nothing late."""
@@ -103,9 +109,10 @@ class Ceiling:
         self._batch = max(rates, key=lambda batch: rates[batch])
         self._rates = [rates[self._batch]]
 
-    def measure(self) -> None:
-        """Measure once more, with the batch that was best."""
+    def measure(self) -> float:
+        """Measure once more, with the batch that was best; return what COPY does now, the median of the last three."""
         self._rates.append(self._rate(self._batch))
+        return float(np.median(self._rates[-3:]))
 
     @property
     def rows_per_second(self) -> float:
@@ -113,7 +120,7 @@ class Ceiling:
         return float(np.median(self._rates))
 
     def _rate(self, batch: int) -> float:
-        empty(self._dsn)
+        empty(self._dsn, checkpoint=True)
         with ThreadPoolExecutor(self._writers) as pool:
             jobs = [
                 pool.submit(_copy_for, self._dsn, self._satellites, batch, number, self._seconds)
@@ -124,12 +131,13 @@ class Ceiling:
         return rate
 
 
-def empty(dsn: str) -> None:
-    """Empty telemetry, and have what is dirty written, so that one trial leaves the next no work."""
+def empty(dsn: str, *, checkpoint: bool = False) -> None:
+    """Empty telemetry; `checkpoint`: have what is dirty written, so that one trial leaves the next no work."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("TRUNCATE telemetry")
-        with suppress(psycopg.errors.InsufficientPrivilege):
-            connection.execute("CHECKPOINT")
+        if checkpoint:
+            with suppress(psycopg.errors.InsufficientPrivilege):
+                connection.execute("CHECKPOINT")
 
 
 def _copy_for(dsn: str, satellites: int, batch: int, number: int, seconds: float) -> float:
@@ -242,26 +250,28 @@ class Bench:
 
 
 def find_knee(
-    bench: Bench, full: Trial, options: argparse.Namespace, between: Callable[[], None] = lambda: None
+    bench: Bench, full: Trial, options: argparse.Namespace, ceiling: Callable[[], float]
 ) -> tuple[Trial, list[Trial]]:
     """Look for the highest rate that passes, from what was committed at saturation; return it, and all trials.
 
+    Rates are shares of `ceiling`, rows/s, which is asked before each trial: a machine that slows down takes both along.
     Up after a trial that passed, down after one that did not, in ever smaller steps: a machine that was busy for a
     moment is made up for by the trials that follow. The knee is the trial that passed which the others contradict
-    least: by failing at its rate or less, or by passing above it. `between` is called before each trial.
+    least: by failing at its share or less, or by passing above it.
     """
-    rate, trials = full.committed, list[Trial]()
+    trials: list[Trial] = []
+    share = first = full.committed / full.copy
     for number in range(1, options.trials + 1):
-        between()
-        trials.append(bench.trial(rate))
-        step = FIRST_STEP * full.committed / number**STEP_POWER
-        rate = max(rate + (step if trials[-1].passes(options.bound) else -step), LOWEST * full.committed)
+        copy = ceiling()
+        trials.append(replace(bench.trial(share * copy), copy=copy))
+        step = FIRST_STEP * first / number**STEP_POWER
+        share = max(share + (step if trials[-1].passes(options.bound) else -step), LOWEST * first)
     passed = [trial for trial in trials if trial.passes(options.bound)]
     if not passed:
         least = min(trial.offered for trial in trials)
         raise RigError(f"even {least:,.0f} points/s are committed later than {options.bound:g} ms: raise --bound")
 
     def contradicting(knee: Trial) -> int:
-        return sum((trial.offered > knee.offered) == trial.passes(options.bound) for trial in trials)
+        return sum((trial.share > knee.share) == trial.passes(options.bound) for trial in trials)
 
-    return min(passed, key=lambda trial: (contradicting(trial), -trial.offered)), trials
+    return min(passed, key=lambda trial: (contradicting(trial), -trial.share)), trials
