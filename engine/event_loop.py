@@ -1,9 +1,9 @@
-"""One event loop over many connections: read, call the WSGI application, answer. No threads, and nothing of gunicorn.
+"""One event loop over many connections: read, call the WSGI application, answer. Nothing of gunicorn.
 
-A turn of the loop is a commit group. Whatever requests are there are all given to the application, which publishes
-their points; an answer that must not leave before the disk has its record is held (`answers.Held`); then one sync
-covers them all, and they leave. `Prefer: wait` parks its connection and no other: the lane's tail is looked at between
-turns. What a client sends is bounded in size (http_head, http_connection) and in time, here.
+Whatever requests are there are all given to the application, which publishes their points. An answer that must not
+leave before the disk has its record is held (`answers.Held`), and nothing more of its connection is served; one sync
+covers all that are held (`commit_group`), and they leave. `Prefer: wait` parks its connection and no other: the lane's
+tail is looked at between turns. What a client sends is bounded in size (http_head, http_connection) and in time, here.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Loop:
 
     def run(self, keep_going: Callable[[], bool]) -> None:
         """Serve until `keep_going`, asked every TICK_S, says no or `stop` was called, and the last answer has left."""
+        self._epoll.register(self._group.fd, select.EPOLLIN)
         if self._wake >= 0:
             self._epoll.register(self._wake, select.EPOLLIN)
         try:
@@ -112,6 +113,7 @@ class Loop:
                 client.drop()
             self._listeners.watch(False, self._now)
             self._epoll.close()
+            self._group.close()
 
     def _turn(self) -> None:
         events = self._epoll.poll(self._timeout())
@@ -119,6 +121,7 @@ class Loop:
         if self._now >= self._date_until:
             self._date, self._date_until = http_answer.http_date(), self._now + 0.5
         again, self._again = self._again, []
+        synced = False
         for fd, mask in events:
             client = self._clients.get(fd)
             if client is not None:
@@ -130,14 +133,21 @@ class Loop:
                     client.drop()
             elif fd in self._listeners:
                 self._accept(fd)
+            elif fd == self._group.fd:
+                synced = True
             else:
                 os.read(fd, 4096)
                 self._next_tick = 0.0
         for client in again:
             self._serve(client)
-        if self._group.pending:
-            for client in self._group.commit(self._now, self._date):
-                self._send(client)
+        self._let_go(synced)
+
+    def _let_go(self, synced: bool) -> None:
+        """Send the held answers that are true now, and have those gathered since brought to the disk."""
+        if synced:
+            for client in self._group.finish(self._now, self._date):
+                self._release(client)
+        self._group.begin()
         if self._group.parked:
             for client in self._group.look(self._now, self._idle_until):
                 self._serve_on(client)
@@ -154,7 +164,7 @@ class Loop:
     def _tick(self) -> None:
         """Close what is overdue."""
         for client in list(self._clients.values()):
-            if self._now < client.deadline or client.waiting:
+            if self._now < client.deadline or client.waiting or client.holding:
                 continue
             if client.stage in (None, Phase.IDLE) or client.unsent or client.closing:
                 client.drop()
@@ -177,6 +187,9 @@ class Loop:
     def _read(self, client: Client) -> None:
         if client.behind:
             return
+        if client.holding:
+            client.pause()
+            return
         count = client.read(self._buffer)
         if count is not None:
             client.connection.feed(bytes(self._buffer[:count]))
@@ -185,7 +198,7 @@ class Loop:
     def _serve(self, client: Client) -> None:
         """Answer the whole requests that are there, and send unless an answer is held."""
         client.behind = False
-        if client.closing or client.waiting or client.unsent:
+        if client.closing or client.waiting or client.unsent or client.holding:
             return
         connection = client.connection
         try:
@@ -293,6 +306,12 @@ class Loop:
         """Answer what is no request, and close."""
         client.out.append(http_answer.refusal(problem, client.connection.instance, self._date))
         client.closing = client.refused = True
+
+    def _release(self, client: Client) -> None:
+        """Send the answers that were held, and serve in the next turn what the client sent behind."""
+        self._send(client)
+        if (client.connection.has_more or client.eof) and not (client.closing or client.waiting or client.unsent):
+            self._continue(client)
 
     def _serve_on(self, client: Client) -> None:
         """Send the answer of a client that was parked, and serve what it sent behind."""

@@ -35,7 +35,7 @@ class Client:
         self.body_begun = 0.0
         self.out: list[bytes] = []  # answers in order; not more than one turn's
         self.unsent = b""  # what the kernel did not take
-        self.holding = False  # `out` has an answer that waits for the sync
+        self.holding = False  # `out` has an answer that waits for a sync: nothing more is served
         self.waiting = False  # parked
         self.behind = False  # it sent more requests than one turn takes: they come first, then more is read
         self.eof = False  # it sends no more
