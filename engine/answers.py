@@ -8,6 +8,7 @@ handed a Held. Any other has a thread for each request, which waits here.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import falcon
@@ -25,32 +26,33 @@ POLL_S: Final = 0.002
 class Held(NamedTuple):
     """An answer to hold until `receipt.sync()` returned: if that raises OSError, the outcome is unknown.
 
-    With `wait_s`, hold it further, until the receipt is settled, and send `settled` (status, body) instead; or send
-    the answer as it is once `wait_s` passed or the receipt is given up. Call `receipt.answered()` when it leaves.
+    With `wait_s`, hold it further, until the receipt is settled, and send a 200 with the body `settled()` instead; or
+    send the answer as it is once `wait_s` passed or the receipt is given up. Call `receipt.answered()` when it leaves.
     """
 
     receipt: Receipt
     wait_s: int
-    settled: tuple[str, bytes]
+    settled: Callable[[], bytes]
 
 
-def release(request: falcon.Request, response: falcon.Response, receipt: Receipt, settled: bytes) -> None:
+def release(request: falcon.Request, response: falcon.Response, receipt: Receipt, settled: Callable[[], bytes]) -> None:
     """Let the response, which says that points are accepted, go as soon as it is true.
 
-    `settled` is the body that says that they are committed. Raises OSError when a sync failed: the outcome is unknown.
+    `settled` makes the body that says that they are committed, which few ask for. Raises OSError when a sync failed:
+    the outcome is unknown.
     """
     wait_s = wait_seconds(request.env.get("HTTP_PREFER"))
     if wait_s:
         response.append_header("Preference-Applied", f"wait={wait_s}")
     if HOLDS in request.env:
         if wait_s or receipt.producer.durable:
-            request.env[HELD] = Held(receipt, wait_s, (falcon.HTTP_200, settled))
+            request.env[HELD] = Held(receipt, wait_s, settled)
             return
     else:
         receipt.sync()
         if wait_s and _settles(receipt, wait_s):
             response.status = falcon.HTTP_200
-            response.data = settled
+            response.data = settled()
     receipt.answered()
 
 

@@ -110,7 +110,9 @@ class TelemetryResource:
         response.set_header(DURABILITY, self._durability)
         name = orjson.dumps(point.satellite_id.decode())
         response.data = b'{"status":"accepted","satellite_id":%b}' % name
-        answers.release(request, response, receipt, b'{"status":"committed","count":1,"satellite_id":%b}' % name)
+        answers.release(
+            request, response, receipt, lambda: b'{"status":"committed","count":1,"satellite_id":%b}' % name
+        )
 
 
 class BatchResource:
@@ -145,18 +147,16 @@ class BatchResource:
             self._guard.charge(request, count)
         response.status = falcon.HTTP_202
         response.set_header(DURABILITY, self._durability)
-        if rejects is None:
-            response.data = b'{"status":"accepted","count":%d}' % count
-            settled = b'{"status":"committed","count":%d}' % count
-        else:
+        if rejects is not None:
             response.append_header("Preference-Applied", "handling=lenient")
-            response.data = lenient_answer("accepted", count, rejects)
-            settled = lenient_answer("committed", count, rejects)
-        answers.release(request, response, receipt, settled)
+        response.data = batch_answer("accepted", count, rejects)
+        answers.release(request, response, receipt, lambda: batch_answer("committed", count, rejects))
 
 
-def lenient_answer(status: str, count: int, rejects: Rejects) -> bytes:
-    """Return the body of the answer to a lenient batch: how many were accepted, and which were not."""
+def batch_answer(status: str, count: int, rejects: Rejects | None) -> bytes:
+    """Return the body of the answer to a batch: how many were accepted, and of a lenient one which were not."""
+    if rejects is None:
+        return b'{"status":"%b","count":%d}' % (status.encode(), count)
     errors = [problems.describe(fault) for fault in rejects.faults]
     return orjson.dumps(
         {"status": status, "count": count, "accepted": count, "rejected": rejects.indexes, "errors": errors}

@@ -277,8 +277,8 @@ class Loop:
                 settled = b""
                 if held.wait_s:
                     uncounted = [pair for pair in self._headers if pair[0].lower() != "content-length"]
-                    status, committed = held.settled
-                    settled = http_answer.render(status, uncounted, committed, self._date, connection, head_only)
+                    committed = held.settled()
+                    settled = http_answer.render("200 OK", uncounted, committed, self._date, connection, head_only)
                 self._group.hold(client, held, settled)
             client.out.append(answer)
         except Exception:
