@@ -21,7 +21,7 @@ from engine import http_answer
 from engine.answers import HELD, HOLDS, POLL_S, Held
 from engine.commit_group import CommitGroup
 from engine.http_client import LINGER_S, SEND_S, Client
-from engine.http_connection import Connection, Phase
+from engine.http_connection import Connection, Phase, Room
 from engine.http_head import Heads
 from engine.listeners import Listeners, ListenerShutError
 from engine.problems import Problem
@@ -70,7 +70,7 @@ class Loop:
         self._epoll = select.epoll()
         self._listeners = Listeners(listeners, self._epoll, {HOLDS: True})
         self._clients: dict[int, Client] = {}
-        self._heads = Heads()
+        self._heads, self._room = Heads(), Room(bounds.max_body)
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._again: list[Client] = []  # they have requests left over from the last turn
         self._group = CommitGroup()
@@ -181,7 +181,7 @@ class Loop:
             return
         if accepted is not None:
             sock, ends = accepted
-            connection = Connection(self._heads, ends, self._bounds.max_body)
+            connection = Connection(self._heads, ends, self._room)
             Client(sock, connection, self._now + HEAD_S, self._clients, self._epoll)
 
     def _read(self, client: Client) -> None:
@@ -305,6 +305,7 @@ class Loop:
     def _refuse(self, client: Client, problem: Problem) -> None:
         """Answer what is no request, and close."""
         client.out.append(http_answer.refusal(problem, client.connection.instance, self._date))
+        client.connection.forget()
         client.closing = client.refused = True
 
     def _release(self, client: Client) -> None:

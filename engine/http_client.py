@@ -122,6 +122,7 @@ class Client:
         if not self.closed:
             self.closed = self.closing = True
             del self._clients[self.fd]
+            self.connection.forget()
             self._socket.close()
 
     def _listen_for(self, interest: int) -> None:

@@ -14,6 +14,10 @@ MAX_CHUNK_LINE: Final = 256
 """Size and extensions of a chunk; nobody uses extensions, and a chunk of one byte shall not cost a long line."""
 MAX_TRAILER: Final = 8190
 
+BODIES_AT_ONCE: Final = 8
+"""So many bodies of the largest size may be under way in one worker, of all its connections together: 128 MiB by
+default. Nobody is kept out whose request comes in one read, as up to 256 KiB do."""
+
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
@@ -33,14 +37,24 @@ class Phase(Enum):
 _READING_BODY: Final = frozenset(Phase) - {Phase.IDLE, Phase.HEAD}
 
 
+class Room:
+    """The bytes that bodies under way may still take, of all connections of a worker; `max_body` is for one of them."""
+
+    __slots__ = ("left", "max_body")
+
+    def __init__(self, max_body: int) -> None:
+        self.max_body = max_body
+        self.left = BODIES_AT_ONCE * max_body
+
+
 class Connection:
     """Bytes in with `feed`, whole requests out with `next_request`, in order."""
 
-    __slots__ = ("_body", "_data", "_head", "_heads", "_max_body", "_missing", "_searched", "environ", "phase")
+    __slots__ = ("_body", "_data", "_head", "_heads", "_missing", "_room", "_searched", "environ", "phase")
 
-    def __init__(self, heads: Heads, environ: dict[str, Any], max_body: int) -> None:
-        """Make a connection whose requests have bodies of at most `max_body` bytes; `environ` names the two ends."""
-        self._heads, self._max_body = heads, max_body
+    def __init__(self, heads: Heads, environ: dict[str, Any], room: Room) -> None:
+        """Make a connection whose bodies take of `room` until they are whole or forgotten; `environ` names its ends."""
+        self._heads, self._room = heads, room
         self.environ = environ
         self.phase = Phase.IDLE
         self._data = b""
@@ -93,7 +107,7 @@ class Connection:
             if head is None:
                 return None
             data = self._data
-            if 0 <= head.length <= len(data) and head.length <= self._max_body:  # the body is here too
+            if 0 <= head.length <= len(data) and head.length <= self._room.max_body:  # the body is here too
                 self._data = data[head.length :]
                 self.phase = Phase.IDLE
                 return self._request(head, data[: head.length])
@@ -136,20 +150,35 @@ class Connection:
         self._bound(head.length)
 
     def _bound(self, length: int) -> None:
-        if length > self._max_body:
-            raise Problem("too-large", f"the body is over {self._max_body} bytes: send fewer points a request")
+        if length > self._room.max_body:
+            raise Problem("too-large", f"the body is over {self._room.max_body} bytes: send fewer points a request")
 
     def _take(self) -> None:
         """Move what is there of the body, or of the chunk, from the data to the body."""
         piece = self._data[: self._missing]
-        self._body += piece
+        self._keep(piece)
         self._data = self._data[len(piece) :]
+
+    def _keep(self, piece: bytes) -> None:
+        """Add to the body, or to the chunk of it, what came of it."""
+        if len(piece) > self._room.left:
+            raise Problem(
+                "overloaded", "too many large bodies arrive at once: send them again", headers={"Retry-After": "1"}
+            )
+        self._room.left -= len(piece)
+        self._body += piece
         self._missing -= len(piece)
+
+    def forget(self) -> None:
+        """Drop the body under way, which will not be asked for."""
+        self._room.left += len(self._body)
+        self._body = bytearray()
 
     def _finish(self) -> tuple[dict[str, Any], bool]:
         head, body = self._head, bytes(self._body)
         assert head is not None
-        self._head, self._body = None, bytearray()
+        self._head = None
+        self.forget()
         self.phase = Phase.IDLE
         request = self._request(head, body)
         if head.length == CHUNKED:  # to the application it is a body like any other
@@ -169,9 +198,8 @@ class Connection:
         while True:
             if self.phase is Phase.CHUNK:
                 piece = data[position : position + self._missing]
-                self._body += piece
+                self._keep(piece)
                 position += len(piece)
-                self._missing -= len(piece)
                 if self._missing:
                     break
                 self.phase = Phase.CHUNK_END

@@ -19,6 +19,7 @@ _POINT: Final = "#/components/schemas/Point"
 _POSTED: Final = (
     "malformed-json", "bad-request", "unauthorized", "forbidden", "too-large", "unsupported-media-type",
     "invalid-point", "quota-exceeded", "lane-failed", "lane-full", "not-ready",
+    "overloaded",
 )  # fmt: skip
 
 

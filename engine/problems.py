@@ -33,6 +33,7 @@ PROBLEMS: Final[dict[str, tuple[str, str]]] = {
     "lane-failed": (falcon.HTTP_503, "Lane stopped"),
     "lane-full": (falcon.HTTP_503, "Lane full"),
     "not-ready": (falcon.HTTP_503, "Not ready"),
+    "overloaded": (falcon.HTTP_503, "Overloaded"),
 }
 """Every problem there is: its code, the end of its `type`, with status and title."""
 RETRYABLE: Final = (falcon.HTTP_408, falcon.HTTP_429, falcon.HTTP_503)

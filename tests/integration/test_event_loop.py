@@ -18,6 +18,7 @@ import pytest
 from engine import event_loop, lanes, rows, settings
 from engine.app import Lane, build
 from engine.event_loop import Bounds, Loop
+from engine.http_connection import BODIES_AT_ONCE
 from engine.ring import TAIL
 from tests.service import POINT, eventually
 
@@ -252,6 +253,40 @@ def test_a_client_that_takes_no_answers_is_not_read_from(served: Served) -> None
     got = 0
     while got < whole:
         got += deaf.recv(1 << 20).count(b"HTTP/1.1 200")
+
+
+def test_bodies_under_way_are_bounded_in_all(lane_dir: Path) -> None:
+    bounds = Bounds(max_body=1 << 16, max_connections=50, max_requests=1 << 40, keepalive=5.0, graceful=1.0)
+    served = Served(lane_dir, durable=False, bounds=bounds)
+    try:
+        room = served.loop._room.left
+        large, padded = request(body=b" " * (1 << 16)), request(body=BODY + b" " * 1000)
+        holders = [served.connect() for _ in range(BODIES_AT_ONCE)]
+        for client in holders:
+            client.sendall(large[:-1])
+        eventually(lambda: served.loop._room.left == BODIES_AT_ONCE)
+        late = served.connect()
+        late.sendall(padded[:-1])
+        answer = late.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"Retry-After: 1\r\n" in answer
+        assert b"urn:orbitstream:problem:overloaded" in answer
+        whole = served.connect()
+        whole.sendall(request())
+        assert statuses(whole, 1) == [202]
+        holders[0].close()
+        eventually(lambda: served.loop._room.left > 1 << 15)
+        again = served.connect()
+        again.sendall(padded[:-1])
+        eventually(lambda: served.loop._room.left < 1 << 16)
+        again.sendall(padded[-1:])
+        assert statuses(again, 1) == [202]
+        for client in holders[1:]:
+            client.sendall(large[-1:])
+            assert statuses(client, 1) == [400]
+        assert served.loop._room.left == room
+    finally:
+        served.stop()
 
 
 def test_connections_are_bounded_and_others_wait_their_turn(lane_dir: Path) -> None:
