@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import socket
-import subprocess
 import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -262,30 +260,3 @@ def test_a_bomb_stops_early_and_costs_little_memory(service: Service, encoding: 
     status, problem, _ = service.post(BATCH, bomb, {"Content-Encoding": encoding})
     assert (status, problem["type"]) == (413, TYPE_BASE + "too-large")
     assert peak_kib(worker) - before < 50 << 10
-
-
-def test_a_go_client_is_understood(service: Service) -> None:
-    """What net/http sends for a body of unknown length, with time.Time as encoding/json writes it."""
-    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "789Z"
-    body = json.dumps([named("go", timestamp=time), named("go", timestamp="0001-01-01T00:00:00Z")]).encode()
-    request = (
-        b"POST /telemetry/batch HTTP/1.1\r\nHost: x\r\nUser-Agent: Go-http-client/1.1\r\nTransfer-Encoding: chunked\r\n"
-        b"Content-Type: application/json\r\nAccept-Encoding: gzip\r\n\r\n"
-        + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:7], body[7:]))
-        + b"0\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
-        connection.sendall(request)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 202")
-    eventually(lambda: rows(service, "go") == 2)
-
-
-def test_curl_is_understood(service: Service) -> None:
-    sent = gzip.compress(json.dumps([named("curl")] * 2).encode())
-    ran = subprocess.run(
-        ["curl", "-sS", "--fail-with-body", "-H", "Content-Type: application/json", "-H", "Content-Encoding: gzip",
-         "-H", "Transfer-Encoding: chunked", "--data-binary", "@-", f"http://127.0.0.1:{service.port}{BATCH}"],
-        input=sent, capture_output=True, timeout=20,
-    )  # fmt: skip
-    assert json.loads(ran.stdout) == {"status": "accepted", "count": 2}
-    eventually(lambda: rows(service, "curl") == 2)
