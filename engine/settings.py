@@ -107,13 +107,18 @@ def _database_url(text: str) -> str:
     for port in str(parsed.get("port", 5432)).split(","):
         if port and not (port.isdigit() and 0 < int(port) < 65536):
             raise ValueError("has a port that is no number from 1 to 65535")
+    # An @ or / of a password that was not encoded: libpq takes what follows for the host or the database, which every
+    # message of a failed connection names.
+    address = text.partition("?")[0]
+    if "://" in address and address.count("@") > ("user" in parsed or "password" in parsed):
+        raise ValueError("has an @ too many: write @ as %40 and / as %2F in a user's name or password")
     return text
 
 
 def _has_password(url: str) -> bool:
     from psycopg import conninfo
 
-    return "password" in conninfo.conninfo_to_dict(url)
+    return not {"password", "sslpassword"}.isdisjoint(conninfo.conninfo_to_dict(url))
 
 
 def _text(text: str) -> str:

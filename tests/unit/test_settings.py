@@ -63,10 +63,32 @@ def test_a_bad_value_names_its_variable(variable: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("variable", ["DATABASE_URL", "MIGRATION_DATABASE_URL"])
-def test_a_bad_database_url_does_not_show_its_password(variable: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:s3cret@host:port:what/db",
+        "postgresql://user:what@s3cret@host/db",  # libpq would look for the host s3cret@host, and say so
+        "postgresql://user:12/s3cret@host/db",  # and here for the database s3cret@host/db on the host user
+    ],
+)
+def test_a_bad_database_url_does_not_show_its_password(variable: str, url: str) -> None:
     with pytest.raises(SettingError, match=variable) as caught:
-        load({variable: "postgresql://user:s3cret@host:port:what/db"})
+        load({variable: url})
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:s3%40cret@host/db",
+        "postgresql://:s3cret@host/db",
+        "postgresql://user@host/db?application_name=a@b",
+        "postgresql:///db?host=/run&user=u",
+        "host=h user=u password=s3@cret",
+    ],
+)
+def test_a_good_database_url_is_taken_as_it_is(url: str) -> None:
+    assert load({"DATABASE_URL": url}).database_url == url
 
 
 def test_a_flag_wins_over_the_environment_and_reaches_children() -> None:
