@@ -31,7 +31,6 @@ MAX_TRANSACTION_POINTS: Final = 100_000
 MAX_TRANSACTION_BYTES: Final = 64 << 20
 CAREFUL_POINTS: Final = 1000
 """Points of a transaction in which a refused point is looked for: each one takes a COPY for every halving."""
-COPY_CHUNK: Final = 256 << 10
 
 _KEY_WORDS: Final = {
     dead_letters.KEY_REUSED: "the idempotency key was used before with another body",
@@ -301,10 +300,9 @@ class _Transaction:
         statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(
             sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
         )
-        body = memoryview(copy_format.encode(columns, received))
         with self.cursor.copy(statement) as copy:
-            for start in range(0, len(body), COPY_CHUNK):
-                copy.write(body[start : start + COPY_CHUNK])
+            for piece in copy_format.pieces(columns, received):
+                copy.write(piece)
                 self.beat()
                 if ARMED:
                     hit("drain-within-copy")
