@@ -32,7 +32,7 @@ from engine import copy_format, limits, migrate, policies, settings
 from engine.columnstore import Columnstore
 from engine.latest import Latest
 from engine.rows import Columns
-from simulator.anomalies import SILENCE
+from simulator.anomalies import Anomaly
 from simulator.fleet import Fleet, satellite_ids
 
 BATCH: Final = 50_000
@@ -93,7 +93,7 @@ def batches(options: argparse.Namespace, end: datetime) -> Iterator[Columns]:
     for start in range(0, points, BATCH):
         numbers = np.arange(start, min(start + BATCH, points))
         readings = fleet.read(numbers % count, first + numbers * span // points)
-        readings = readings.pick(np.flatnonzero(readings.anomaly != SILENCE))
+        readings = readings.pick(np.flatnonzero(readings.anomaly != Anomaly.SILENCE))
         values = {
             channel.name: column / 10.0**channel.decimals
             for channel, column in zip(fleet.channels, readings.values, strict=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import psycopg
 
+from engine import migrate
+
 POINT = {
     "satellite_id": "TEST-01",
     "battery_charge_percent": 80.5,
@@ -31,6 +33,14 @@ def eventually(happened: Callable[[], Any], seconds: float = 10.0, what: str = "
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or happened}"
         time.sleep(0.02)  # a look may scan /proc: more often it would take the processor from what is waited for
     return result
+
+
+def compresses(connection: psycopg.Connection[Any]) -> bool:
+    """Tell whether the server can take a COPY straight into compressed chunks."""
+    row = connection.execute(
+        "SELECT count(*) FROM pg_settings WHERE name = 'timescaledb.enable_direct_compress_copy'"
+    ).fetchone()
+    return row == (1,) and migrate.find_edition(connection).name == "timescale"
 
 
 def children(pid: int) -> list[int]:

@@ -20,7 +20,7 @@ from engine import maintenance, migrate, policies, settings
 from engine.columnstore import MIN_POINTS
 from engine.latest import EVERY_S, SHARE, SLICE, Latest
 from engine.rows import Columns
-from tests.service import Service, eventually
+from tests.service import Service, compresses, eventually
 
 SATELLITES = 40
 QUERIES = (
@@ -83,13 +83,6 @@ def assert_same_answers(connection: psycopg.Connection[Any], when: str) -> None:
         expected = connection.execute(query.format(table="reference").encode()).fetchall()
         found = connection.execute(query.format(table="telemetry").encode()).fetchall()
         assert found == expected, f"{when}: {query}"
-
-
-def compresses(connection: psycopg.Connection[Any]) -> bool:
-    row = connection.execute(
-        "SELECT count(*) FROM pg_settings WHERE name = 'timescaledb.enable_direct_compress_copy'"
-    ).fetchone()
-    return row == (1,) and migrate.find_edition(connection).name == "timescale"
 
 
 @pytest.mark.slow
