@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from hypothesis import given
@@ -70,6 +71,14 @@ def test_every_row_reads_back(points: list[tuple[Any, ...]]) -> None:
         }
         for name, time, flag, battery, latitude in points
     ]
+
+
+@given(_points, st.integers(1, 400))
+def test_rows_are_the_same_in_whatever_pieces_they_are_made(points: list[tuple[Any, ...]], size: int) -> None:
+    columns = columns_of(points)
+    whole = copy_format.encode(columns, columns.time)
+    with mock.patch.object(copy_format, "PIECE", size):
+        assert copy_format.encode(columns, columns.time) == whole
 
 
 @given(_points)
