@@ -62,7 +62,8 @@ def test_a_death_at_each_step_of_publish_and_drain(service: Service, tmp_path: P
     durable = {"ORBITSTREAM_DURABILITY": "disk", "ORBITSTREAM_LANE_DIR": str(tmp_path)} if "sync" in name else {}
     service.environment |= durable
     service.start(ORBITSTREAM_FAILPOINT=f"{name}:{PASSINGS.get(name, 25)}", healthy=False)
-    large = name in DRAIN
+    with migrate.connect(service.database, "test") as connection:
+        large = name in DRAIN and compresses(connection)
     loads = [Load(service, "L", MIN_POINTS)] if large else [Load(service, f"L{index}") for index in range(3)]
     victims: Callable[[], list[int]] = service.writers if name in DRAIN else service.workers
     seen: set[int] = set()
@@ -72,9 +73,8 @@ def test_a_death_at_each_step_of_publish_and_drain(service: Service, tmp_path: P
         return sum(is_gone(pid) for pid in seen)
 
     eventually(lambda: deaths() >= HITS, 20 + 15 * HITS, f"deaths at {name}")
-    with migrate.connect(service.database, "test") as connection:
-        if large and compresses(connection):
-            eventually(lambda: service.get("/health")[1]["compressed_points"] >= MIN_POINTS, 20, "points compressed")
+    if large:
+        eventually(lambda: service.get("/health")[1]["compressed_points"] >= MIN_POINTS, 20, "points compressed")
     for load in loads:
         load.stop()
     service.kill_everything()
