@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -140,14 +140,19 @@ class Table:
 def load(url: str, options: argparse.Namespace, end: datetime, indexes: list[str]) -> tuple[int, dict[str, float]]:
     """Fill every table; returns the points, and the seconds each table took while the others were filled too."""
     tables, latest, points = {name: Table(url, table) for name, table in TABLES.items()}, Latest(), 0
+    pending: list[Future[None]] = []
     with ThreadPoolExecutor(len(tables)) as pool, migrate.connect(url, "orbitstream-bench") as connection:
         for columns in batches(options, end):
             names, body = ", ".join(copy_format.column_names(columns)), copy_format.encode(columns, columns.time)
-            list(pool.map(lambda table: table.copy(names, body, len(columns)), tables.values()))  # noqa: B023
+            for copying in pending:  # the next batch is made while the last one is copied
+                copying.result()
+            pending = [pool.submit(table.copy, names, body, len(columns)) for table in tables.values()]
             latest.add(columns, columns.time)
             if (points + len(columns)) // 1_000_000 > points // 1_000_000:
                 print(f"{(points + len(columns)) / 1e6:.0f} M points", file=sys.stderr, flush=True)
             points += len(columns)
+        for copying in pending:
+            copying.result()
         latest.finish(connection)
         list(pool.map(lambda table: table.finish(indexes), tables.values()))
     return points, {name: table.seconds for name, table in tables.items()}
