@@ -43,7 +43,8 @@ _FLUSH: Final = 320
 Bins = NDArray[np.uint64]
 Floats = NDArray[np.floating[Any]]
 # Bin i counts latencies up to 10 us * 1.07**i: 7 % wide, from 10 us to 5 minutes. Of flushes: 1.15**i, to 9 minutes.
-LATENCY_EDGES: Final[Floats] = 10.0 * 1.07 ** np.arange(LATENCY_BINS)
+_FIRST_US, _STEP = 10.0, 1.07
+LATENCY_EDGES: Final[Floats] = _FIRST_US * _STEP ** np.arange(LATENCY_BINS)
 FLUSH_EDGES: Final[Floats] = 10.0 * 1.15 ** np.arange(FLUSH_BINS)
 
 
@@ -121,7 +122,7 @@ class Heartbeat:
         words[_WAITED] += max(0, int(latencies_us.sum()))
         words[_FLUSH + min(int(np.searchsorted(FLUSH_EDGES, flush_us)), FLUSH_BINS - 1)] += 1
         # The logarithm says the bin in a fifth of the time that a search among the edges takes.
-        bins = np.ceil(np.log(np.maximum(latencies_us, 10) / 10.0) / np.log(1.07))
+        bins = np.ceil(np.log(np.maximum(latencies_us, _FIRST_US) / _FIRST_US) / np.log(_STEP))
         bins = np.bincount(np.minimum(bins, LATENCY_BINS - 1).astype(np.int64))
         for index in np.flatnonzero(bins).tolist():
             words[_LATENCY + index] += int(bins[index])
