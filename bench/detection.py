@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -41,7 +42,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20, help="time, simulated or live (%(default)s)")
     parser.add_argument("--anomaly-rate", type=float, default=0.01, help="share of the readings (%(default)s)")
     parser.add_argument("--live", action="store_true", help="through a running service")
-    parser.add_argument("--database-url", help="with --live: the server to make a scratch database on (a private one)")
+    parser.add_argument(
+        "--database-url", default=os.environ.get("DATABASE_URL"), help="with --live: the server (a private one)"
+    )
     options = parser.parse_args()
     print(json.dumps(live(options) if options.live else offline(options)))
     return 0

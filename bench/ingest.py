@@ -8,6 +8,7 @@ python -m bench.ingest --database-url postgresql://... --history 100000000 --fle
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -153,7 +154,7 @@ def parse() -> argparse.Namespace:
     add("--workers", type=int, default=2)
     add("--writers", type=int, default=1)
     add("--history", type=int, default=0, metavar="POINTS", help="measure again with so many points in the table")
-    add("--database-url", help="make a scratch database on this server (a private one)")
+    add("--database-url", default=os.environ.get("DATABASE_URL"), help="make a scratch database there (a private one)")
     add("--name", help="of the results' file (ingest-FORMAT)")
     add("--output", type=Path)
     return parser.parse_args()

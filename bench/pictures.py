@@ -1,4 +1,4 @@
-"""Draw the boards: python -m bench.pictures [--database-url postgresql://...] [--out docs/boards]
+"""Draw the boards: python -m bench.pictures [--database-url postgresql://...] [--out grafana/pictures]
 
 Each panel's SQL is asked as Grafana asks it and drawn by matplotlib in the panel's place. This is not Grafana's
 renderer: it shows what is on the boards, not how Grafana paints it. Without --database-url a service and the simulator
@@ -14,6 +14,7 @@ import sys
 import textwrap
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def unit_of(panel: dict[str, Any], column: str) -> str:
 
 def color_of(panel: dict[str, Any], value: Any) -> str:
     """Return the colour that the panel's thresholds give a value."""
-    color = "blue"
+    color = "green" if value is None else "blue"
     for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]:
-        if step["value"] is None or (isinstance(value, int | float) and value >= step["value"]):
+        if value is not None and (step["value"] is None or (isinstance(value, Number) and value >= step["value"])):
             color = step["color"]
     return COLORS.get(color, "black")
 
@@ -233,7 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.pictures", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--database-url", help="draw this database as it is")
     parser.add_argument("--minutes", type=float, default=6, help="how long to run, and to draw (%(default)g)")
-    parser.add_argument("--out", type=Path, default=Path("docs/boards"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("grafana/pictures"), help="folder (%(default)s)")
     options = parser.parse_args()
     if options.database_url:
         pictures(options.database_url, options.out, options.minutes)

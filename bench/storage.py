@@ -6,6 +6,7 @@ python -m bench.storage --database-url postgresql://...        (TimescaleDB unde
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -74,7 +75,7 @@ def main() -> int:
     """Measure each set of channels, write results/storage.json."""
     parser = argparse.ArgumentParser(prog="python -m bench.storage", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--database-url", required=True)
+    add("--database-url", default=os.environ.get("DATABASE_URL"), help="the server (DATABASE_URL)")
     add("--points", type=int, default=5_000_000)
     add("--satellites", type=int, default=1000)
     add("--output", type=Path)
