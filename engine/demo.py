@@ -154,12 +154,12 @@ def run(config: Settings, options: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         invented = f", {comparison.invented} never sent or refused" if comparison.invented else ""
-        # A satellite in an episode of silence sends nothing: its readings were due, and nobody lost them.
-        silent = f"; {result['silent']} more not sent, by silent satellites" if result["silent"] else ""
+        if result["silent"]:  # a satellite in an episode of silence: its readings were due, and nobody lost them
+            print(f"{result['silent']} points were never sent: their satellites fell silent")
         print(
             f"committed {comparison.committed} points in {result['seconds']:.1f} s "
             f"({result['points_per_second']}/s), {comparison.lost} lost, {comparison.duplicated} duplicated"
-            f"{invented}{silent}"
+            f"{invented}"
         )
     return 0 if comparison.clean and comparison.accepted else 1
 

@@ -98,10 +98,11 @@ class Progress(NamedTuple):
     committed: int
     deduplicated: int
     dead_lettered: int
+    forgone: int
 
     @property
     def settled(self) -> int:
-        return self.committed + self.deduplicated + self.dead_lettered
+        return self.committed + self.deduplicated + self.dead_lettered + self.forgone
 
 
 @dataclass(slots=True)
@@ -199,8 +200,8 @@ def drain(
     cursor = connection.cursor()
     cursor.execute("BEGIN")
     found = cursor.execute(
-        "SELECT position, committed_points, deduplicated_points, dead_lettered_points FROM ingest_progress"
-        " WHERE lane = %s FOR UPDATE",
+        "SELECT position, committed_points, deduplicated_points, dead_lettered_points, forgone_points"
+        " FROM ingest_progress WHERE lane = %s FOR UPDATE",
         [lane.uuid],
     ).fetchone()
     _compare(lane, found[0] if found else None)
@@ -226,11 +227,12 @@ def drain(
         progress.committed + flush.committed,
         progress.deduplicated + flush.deduplicated,
         progress.dead_lettered + flush.dead_lettered,
+        progress.forgone,
     )
     cursor.execute(
         "UPDATE ingest_progress SET position = %s, committed_points = %s, deduplicated_points = %s,"
         " dead_lettered_points = %s, flushes = flushes + 1, updated_at = now() WHERE lane = %s AND position = %s",
-        [*after, lane.uuid, progress.position],
+        [*after[:4], lane.uuid, progress.position],
     )
     if cursor.rowcount != 1:
         raise LaneStoppedError(f"its ledger row moved from {progress.position} while it was locked")

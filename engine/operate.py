@@ -65,9 +65,10 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
         print(json.dumps(report))
         return 0 if fine else 1
     for part in [*parts, whole]:
+        forgone = f" + forgone with a restore {part.forgone}" if part.forgone else ""
         print(
             f"{part.lane}: published {part.published} = committed {part.committed} + deduplicated {part.deduplicated}"
-            f" + dead-lettered {part.dead_lettered} + queued {part.queued}, residual {part.residual}"
+            f" + dead-lettered {part.dead_lettered}{forgone} + queued {part.queued}, residual {part.residual}"
         )
     if counted is not None:
         print(f"ledger says {counted[0]} rows, telemetry has {counted[1]}")
@@ -80,7 +81,10 @@ def lanes_command(config: Settings, options: argparse.Namespace) -> int:
         if options.lane is None:
             raise OperateError("which lane? `orbitstream lanes list` shows them")
         with connection(config) as database:
-            print(resume(database, config.lane_dir, options.lane))
+            try:
+                print(resume(database, config.lane_dir, options.lane))
+            except verify.VerifyError as error:
+                raise OperateError(str(error)) from error
         return 0
     rows = [_describe(path) for path in [*lanes.lane_files(config.lane_dir), *lanes.archived(config.lane_dir)]]
     if options.json:
@@ -112,8 +116,9 @@ def _describe(path: Path) -> dict[str, Any]:
 def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
     """Let a lane go on after the database went back in time; returns what was done, in words.
 
-    A live lane goes on from where it was drained to: what the restore took away of it is no longer in the lane. A
-    sealed or archived lane, whose bytes never change, is drained again from where the ledger is.
+    A live lane goes on from where it was drained to: what the restore took away of it is no longer in the lane, and is
+    counted in the ledger as forgone. A sealed or archived lane, whose bytes never change, is drained again from where
+    the ledger is.
     """
     path = _find(folder, wanted)
     was_archived = path.parent.name == lanes.ARCHIVE
@@ -128,14 +133,19 @@ def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
             )
             consumer.resume()
             return f"{wanted}: drains again from where the ledger is"
-        done = database.execute(
-            "INSERT INTO ingest_progress AS p (lane, position, node) VALUES (%s, %s, '-')"
-            " ON CONFLICT (lane) DO UPDATE SET position = excluded.position WHERE p.position < excluded.position",
-            [lane.uuid, lane.tail],
-        ).rowcount
-        if not done:
-            return f"{wanted}: nothing to do, the ledger is not behind it"
-        return f"{wanted}: goes on from position {lane.tail}, to which it was drained"
+        with database.transaction():
+            done = database.execute(
+                "INSERT INTO ingest_progress AS p (lane, position, node) VALUES (%s, %s, '-')"
+                " ON CONFLICT (lane) DO UPDATE SET position = excluded.position WHERE p.position < excluded.position",
+                [lane.uuid, lane.tail],
+            ).rowcount
+            if not done:
+                return f"{wanted}: nothing to do, the ledger is not behind it"
+            forgone = verify.balance(database, lane).residual
+            database.execute(
+                "UPDATE ingest_progress SET forgone_points = forgone_points + %s WHERE lane = %s", [forgone, lane.uuid]
+            )
+        return f"{wanted}: goes on from where it was drained to; {forgone} points of it went with the restore"
     finally:
         consumer.lane.close()
         lock.release()

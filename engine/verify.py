@@ -1,6 +1,6 @@
-"""The conservation equation of a live system: published = committed + deduplicated + dead-lettered + queued.
+"""The conservation equation of a live system: published = committed + deduplicated + dead-lettered + forgone + queued.
 
-Each term has its own source: published from the lane's header, the settled three from the ledger, queued by walking the
+Each term has its own source: published from the lane's header, the settled four from the ledger, queued by walking the
 records in the lane. `answered <= published` is checked besides, since a kill may fall between the two.
 """
 
@@ -35,12 +35,14 @@ class Balance:
     committed: int
     deduplicated: int
     dead_lettered: int
+    forgone: int
     queued: int
     answered: int
 
     @property
     def residual(self) -> int:
-        return self.published - self.committed - self.deduplicated - self.dead_lettered - self.queued
+        settled = self.committed + self.deduplicated + self.dead_lettered + self.forgone
+        return self.published - settled - self.queued
 
     @property
     def holds(self) -> bool:
@@ -55,12 +57,12 @@ def balances(connection: psycopg.Connection[Any], folder: Path) -> Iterator[Bala
     for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
         lane = Lane(path)
         try:
-            yield _balance(connection, lane)
+            yield balance(connection, lane)
         finally:
             lane.close()
 
 
-def _balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
+def balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
     """Look at ledger, header and records until all three are of one moment.
 
     The order makes it so: the ledger's position S first, then head and its counters, then the records from S to head.
@@ -68,16 +70,16 @@ def _balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
     """
     for _ in range(ATTEMPTS):
         row = connection.execute(
-            "SELECT position, committed_points, deduplicated_points, dead_lettered_points FROM ingest_progress"
-            " WHERE lane = %s",
+            "SELECT position, committed_points, deduplicated_points, dead_lettered_points, forgone_points"
+            " FROM ingest_progress WHERE lane = %s",
             [lane.uuid],
         ).fetchone()
-        position, committed, deduplicated, dead_lettered = row or (0, 0, 0, 0)
+        position, committed, deduplicated, dead_lettered, forgone = row or (0, 0, 0, 0, 0)
         answered = lane.answered_points
         head, published = lane.snapshot
         queued = _walk(lane, position, head)
         if queued is not None:
-            settled = (committed, deduplicated, dead_lettered)
+            settled = (committed, deduplicated, dead_lettered, forgone)
             return Balance(lane.path.name, published.points, *settled, queued, answered)
         time.sleep(0.01)
     raise VerifyError(f"{lane.path.name} moves too fast to be looked at: verify again under less load")
@@ -96,7 +98,7 @@ def _walk(lane: Lane, position: int, head: int) -> int | None:
 
 def total(parts: list[Balance]) -> Balance:
     """Return the sum over all lanes."""
-    names = ("published", "committed", "deduplicated", "dead_lettered", "queued", "answered")
+    names = ("published", "committed", "deduplicated", "dead_lettered", "forgone", "queued", "answered")
     return Balance("total", *(sum(getattr(part, name) for part in parts) for name in names))
 
 

@@ -85,7 +85,14 @@ def test_a_lane_behind_a_restored_database_is_resumed_by_command(service: Servic
     listed = json.loads(service.run("lanes", "list", "--json").stdout)
     resumed = service.run("lanes", "resume", listed[0]["uuid"])
     assert resumed.returncode == 0, resumed.stderr
+    assert "1 points of it went with the restore" in resumed.stdout
     eventually(lambda: service.query("SELECT satellite_id FROM telemetry") == [("SINCE",)], 40)
+    verified = service.run("verify", "--deep")
+    assert verified.returncode == 0
+    assert "+ forgone with a restore 1 + queued 0, residual 0" in verified.stdout
+    eventually(lambda: service.get("/health")[0] == 200)
+    residuals = [line for line in service.get("/metrics")[1].splitlines() if "_residual_points{" in line]
+    assert [line.split()[-1] for line in residuals] == ["0"]
 
 
 def test_a_backlog_of_an_older_row_layout_is_drained_rightly(service: Service, lane_dir: Path) -> None:
