@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
@@ -15,6 +15,7 @@ from engine import arrow_ipc
 from engine.channels import CHANNELS, MAX_ID_BYTES
 from engine.points import (
     ALLOWED,
+    NEEDED,
     Checker,
     DecodeError,
     Point,
@@ -105,9 +106,15 @@ class Decoder(Rules):
 
     def _transpose(self, points: list[Any], now_us: int) -> Columns | None:
         """Turn points into columns if every one is plainly valid, else None."""
-        if set(map(type, points)) != {dict} or not (
-            self.ignore_unknown or ALLOWED.issuperset(chain.from_iterable(points))
-        ):
+        if set(map(type, points)) != {dict}:
+            return None
+        names = tuple(points[0])
+        if set(map(tuple, points)) == {names}:  # the points of one client mostly have their fields in one order
+            if not NEEDED.issubset(names) or not (self.ignore_unknown or ALLOWED.issuperset(names)):
+                return None
+            columns = zip(*map(dict.values, points), strict=True)
+            return self._columns(dict(zip(names, columns, strict=True)), len(points), now_us)
+        if not (self.ignore_unknown or ALLOWED.issuperset(chain.from_iterable(points))):
             return None
         try:
             table = {"satellite_id": [point["satellite_id"] for point in points]}
@@ -141,7 +148,7 @@ class Decoder(Rules):
             return self.one_by_one(points, now_us, by_column, rejects)
         return columns
 
-    def _columns(self, table: Mapping[str, list[Any]], length: int, now_us: int) -> Columns | None:
+    def _columns(self, table: Mapping[str, Sequence[Any]], length: int, now_us: int) -> Columns | None:
         """Turn a list a field into columns if every value is plainly valid, else None."""
         ids = _ids(table["satellite_id"])
         if ids is None:
@@ -178,7 +185,7 @@ def _reason(body: bytes, error: orjson.JSONDecodeError) -> str:
     return f"{error.msg} (line {error.lineno}, column {error.colno})"
 
 
-def _ids(ids: list[Any]) -> Ids | None:
+def _ids(ids: Sequence[Any]) -> Ids | None:
     """Turn satellite ids into an array of bytes if every one is plainly valid, else None."""
     if set(map(type, ids)) != {str}:
         return None

@@ -144,7 +144,7 @@ class Rules:
                 checker.fault(0, name, "missing-field", f"{name} is required")
         checker.raise_faults()
 
-    def times(self, texts: list[Any], now_us: int) -> Times | None:
+    def times(self, texts: Sequence[Any], now_us: int) -> Times | None:
         """Return the times of many timestamps if each is plainly valid, else None."""
         if texts.count(None) == len(texts):
             return np.full(len(texts), now_us, np.int64)

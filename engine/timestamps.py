@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Final
 
 import numpy as np
@@ -74,19 +74,18 @@ def parse_all(texts: Sequence[str]) -> NDArray[np.int64] | None:
     joined = "".join(texts)
     if not joined.isascii():
         return None
-    chars = np.frombuffer(joined.encode(), np.uint8).reshape(-1, width)
     first = texts[0]
+    if _SHAPE.fullmatch(first) is None:
+        return None
     zone = width - 1 if first[-1] in "Zz" else width - 6
-    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width)]
-    expected = np.frombuffer(first.encode(), np.uint8)
-    if _SHAPE.fullmatch(first) is None or not (chars[:, separators] == expected[separators]).all():
-        return None
-    digits = chars[:, :zone] - np.uint8(48)
-    digits[:, [column for column in separators if column < zone]] = 0
-    if digits.max() > 9:
-        return None
     offset_us = _offset_us(first[zone:])
-    return None if offset_us is None else _combine(digits, zone, offset_us)
+    chars = np.ascontiguousarray(np.frombuffer(joined.encode(), np.uint8).reshape(-1, width).T)  # a row a place
+    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width)]
+    if offset_us is None or (chars[separators] != chars[separators, :1]).any():
+        return None
+    digits = chars[:zone] - np.uint8(48)
+    digits[[place for place in separators if place < zone]] = 0
+    return None if digits.max() > 9 else _combine(digits, first, offset_us)
 
 
 def _offset_us(zone: str) -> int | None:
@@ -98,28 +97,30 @@ def _offset_us(zone: str) -> int | None:
     return (hours * 60 + minutes) * (60_000_000 if zone[0] == "+" else -60_000_000)
 
 
-def _combine(digits: NDArray[np.uint8], zone: int, offset_us: int) -> NDArray[np.int64] | None:
-    """Turn a matrix of digits (n, zone) into us since 1970; None if a field is out of its range."""
+def _combine(digits: NDArray[np.uint8], first: str, offset_us: int) -> NDArray[np.int64] | None:
+    """Turn rows of digits (place, n) into us since 1970; None if a field is out of its range."""
+    hour, minute, second = (digits[place] * 10 + digits[place + 1] for place in (11, 14, 17))
+    days = _days(digits[:10], first)
+    if days is None or hour.max() > 23 or minute.max() > 59 or second.max() > 59:
+        return None
+    micros: NDArray[np.int64] = ((days * 24 + hour) * 60 + minute) * 60 + second
+    for fraction in range(20, 26):
+        micros = micros * 10 + (digits[fraction] if fraction < len(digits) else 0)
+    return micros - offset_us
 
-    def number(*columns: int) -> NDArray[np.int64]:
-        value = digits[:, columns[0]].astype(np.int64)
-        for column in columns[1:]:
-            value = value * 10 + digits[:, column]
-        return value
 
-    year, month, day = number(0, 1, 2, 3), number(5, 6), number(8, 9)
-    hour, minute, second = number(11, 12), number(14, 15), number(17, 18)
-    if (
-        year.min() < 1 or month.min() < 1 or month.max() > 12 or day.min() < 1
-        or hour.max() > 23 or minute.max() > 59 or second.max() > 59
-    ):  # fmt: skip
+def _days(digits: NDArray[np.uint8], first: str) -> NDArray[np.int64] | None:
+    """Return days since 1970 of the dates in rows of digits; None if one is not of the calendar."""
+    if (digits == digits[:, :1]).all():  # all of one day, as the readings of one request mostly are
+        try:
+            return np.full(digits.shape[1], date.fromisoformat(first[:10]).toordinal() - _EPOCH.toordinal())
+        except ValueError:
+            return None
+    wide = digits.astype(np.int64)
+    year = ((wide[0] * 10 + wide[1]) * 10 + wide[2]) * 10 + wide[3]
+    month, day = wide[5] * 10 + wide[6], wide[8] * 10 + wide[9]
+    if year.min() < 1 or month.min() < 1 or month.max() > 12 or day.min() < 1:
         return None
     months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
     days = months.astype("datetime64[D]").astype(np.int64) + day - 1
-    if (days >= (months + 1).astype("datetime64[D]").astype(np.int64)).any():
-        return None
-    micros = np.zeros(len(digits), np.int64)
-    for place, column in zip((100_000, 10_000, 1_000, 100, 10, 1), range(20, zone), strict=False):
-        micros += digits[:, column].astype(np.int64) * place
-    seconds = ((days * 24 + hour) * 60 + minute) * 60 + second
-    return seconds * 1_000_000 + micros - offset_us
+    return None if (days >= (months + 1).astype("datetime64[D]").astype(np.int64)).any() else days

@@ -188,9 +188,10 @@ def test_many_timestamps_are_read_as_each_one_is(times: list[int], digits: int, 
     | st.from_regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", fullmatch=True)
 )
 def test_the_fast_timestamp_path_takes_nothing_that_the_rule_refuses(text: str) -> None:
-    together = parse_all([text])
-    if together is not None:
-        assert together.tolist() == [parse(text)]
+    for texts in ([text], [text, "2024-02-29" + text[10:]]):  # of one day, and of more
+        together = parse_all(texts)
+        if together is not None:
+            assert together.tolist() == [parse(each) for each in texts]
 
 
 _numbers = st.one_of(
