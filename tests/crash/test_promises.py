@@ -91,7 +91,8 @@ def test_a_lane_behind_a_restored_database_is_resumed_by_command(service: Servic
     assert verified.returncode == 0
     assert "+ forgone with a restore 1 + queued 0, residual 0" in verified.stdout
     eventually(lambda: service.get("/health")[0] == 200)
-    residuals = [line for line in service.get("/metrics")[1].splitlines() if "_residual_points{" in line]
+    metrics = service.get("/metrics")[1].decode()
+    residuals = [line for line in metrics.splitlines() if "_residual_points{" in line]
     assert [line.split()[-1] for line in residuals] == ["0"]
 
 
