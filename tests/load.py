@@ -71,7 +71,7 @@ def assert_exactly_once(service: Service, loads: list[Load]) -> None:
     accepted = set().union(*(load.accepted for load in loads))
     unknown = set().union(*(load.unknown for load in loads))
     assert accepted, "the load never got through"
-    assert accepted - found == set(), "lost"
+    assert accepted - found == set(), f"{len(accepted - found)} of {len(accepted)} lost"
     assert len(stored) == len(found), "duplicated"
     assert found - accepted - unknown == set(), "stored though refused or never sent"
 
