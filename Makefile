@@ -13,7 +13,7 @@ help:  ## show this help
 demo: .venv/embedded  ## run database, service and simulator for 10 s and prove that nothing was lost
 	$(BIN)/orbitstream demo
 
-test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (under 5 minutes)
+test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (9 minutes on 2 busy cores)
 	$(BIN)/python -m pytest -q -n 2 tests/unit
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration
 
