@@ -68,30 +68,16 @@ def add_history(connection: psycopg.Connection[Any], points: int, satellites: in
     begin = time.monotonic()
     for start in range(0, points, HISTORY_BATCH):
         index = np.arange(start, start + HISTORY_BATCH)
-        columns = Columns(
-            time=first + index * span_us // points,
-            satellite_id=names[index % satellites],
-            values={
-                "battery_charge_percent": dice.integers(3_000, 9_900, HISTORY_BATCH) / 100,
-                "storage_usage_mb": dice.integers(200_000, 8_000_000, HISTORY_BATCH) / 100,
-                "signal_strength_dbm": dice.integers(-9_000, -5_600, HISTORY_BATCH) / 100,
-            },
-            is_anomaly=np.zeros(HISTORY_BATCH, np.bool_),
-        )
+        columns = trial.random_readings(dice, first + index * span_us // points, names[index % satellites])
         store(connection, columnstore, columns)
         if start % (100 * HISTORY_BATCH) == 0:
             rig.say("ingest", f"history: {start:,} of {points:,} points ({time.monotonic() - begin:.0f} s)")
 
 
 def store(connection: psycopg.Connection[Any], columnstore: Columnstore, columns: Columns) -> None:
-    """COPY points into telemetry as a writer does."""
-    columns = copy_format.take(columns, copy_format.order(columns))
-    names = ", ".join(copy_format.column_names(columns))
+    """COPY sorted points into telemetry as a writer does."""
     with connection.transaction(), connection.cursor() as cursor:
-        columnstore.begin(cursor, len(columns))
-        with cursor.copy(f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
-            copy.write(copy_format.encode(columns, columns.time))
-        columnstore.end(cursor, len(columns))
+        columnstore.copy(cursor, columns, copy_format.encode(columns, columns.time))
 
 
 def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
         with ThreadPoolExecutor(1) as pool:
             calm = argparse.Namespace(**{**vars(options), "seconds": CALM_S})
             sending = pool.submit(rig.simulate, url, trial.load_flags(knee / 2, calm))
-            time.sleep(CALM_S - 2)
+            time.sleep(CALM_S - 2)  # the board is asked under a load that has lasted, and still lasts
             room, rate = watched.board("capacity / 3 Head-room"), watched.board("capacity / 1 Committed now")
             sending.result()
         rig.say("overload", f"{knee / 2:,.0f}/s: head-room {room}; now {2 * knee:,.0f}/s")

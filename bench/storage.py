@@ -18,7 +18,7 @@ import psycopg
 
 from bench import results
 from bench.ingest import store
-from engine import migrate, policies, rig, settings, trial
+from engine import copy_format, migrate, policies, rig, settings, trial
 from engine.columnstore import Columnstore
 from engine.rows import Columns
 from simulator.fleet import CHANNEL_SETS, Fleet, satellite_ids
@@ -46,11 +46,8 @@ def measure(channels: str, options: argparse.Namespace) -> dict[str, Any]:
                     channel.name: column / 10.0**channel.decimals
                     for channel, column in zip(fleet.channels, readings.values, strict=True)
                 }
-                store(
-                    connection,
-                    columnstore,
-                    Columns(readings.time_us, ids[readings.satellite], values, readings.anomaly > 0),
-                )
+                columns = Columns(readings.time_us, ids[readings.satellite], values, readings.anomaly > 0)
+                store(connection, columnstore, copy_format.take(columns, copy_format.order(columns)))
             written = _bytes(connection) / options.points
             connection.execute(
                 f"CALL run_job({policies.job_of(connection, 'telemetry', 'policy_compression')})".encode()

@@ -274,9 +274,5 @@ def _copy(connection: psycopg.Connection[Any], group: pa.Table, columnstore: Col
     values = {name: column for name, column in values.items() if not np.isnan(column).all()}
     times, received = (group[name].cast(pa.int64()).to_numpy() for name in ("time", "received_at"))
     columns = Columns(times, ids, values, group["is_anomaly"].to_numpy())
-    names = ", ".join(copy_format.column_names(columns))
     with connection.cursor() as cursor:
-        columnstore.begin(cursor, len(columns))
-        with cursor.copy(f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
-            copy.write(copy_format.encode(columns, received))
-        columnstore.end(cursor, len(columns))
+        columnstore.copy(cursor, columns, copy_format.encode(columns, received))

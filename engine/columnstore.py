@@ -19,6 +19,9 @@ from typing import Any, Final
 
 import psycopg
 
+from engine import copy_format
+from engine.rows import Columns
+
 MIN_POINTS: Final = 10_000
 """Fewer rows go to the row store. A COPY makes compressed batches of 1,000 rows of its own: of 10,000 rows ordered by
 satellite each holds a tenth of the fleet, of fewer rows so much of it that a query for one satellite reads them all
@@ -80,6 +83,14 @@ class Columnstore:
             )  # fmt: skip
         self._works = works
         self._watch_at = time.monotonic() + WATCH_EVERY_S
+
+    def copy(self, cursor: psycopg.Cursor[Any], columns: Columns, body: bytes) -> None:
+        """COPY rows into telemetry, straight into the columnstore where it pays; `body`: `columns` encoded."""
+        names = ", ".join(copy_format.column_names(columns))
+        self.begin(cursor, len(columns))
+        with cursor.copy(f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
+            copy.write(body)
+        self.end(cursor, len(columns))
 
 
 def _inserted(cursor: psycopg.Cursor[Any]) -> int:

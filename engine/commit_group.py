@@ -136,6 +136,6 @@ def _outcome(held: Held) -> Exception | None:
     """Return why it is not known whether a record is on the disk, None if it is."""
     try:
         held.receipt.sync()
-    except Exception as error:
+    except Exception as error:  # whatever it is: a thread that ended would leave its clients without an answer
         return error
     return None

@@ -158,8 +158,7 @@ def run(config: Settings, options: argparse.Namespace) -> int:
             print(f"{result['silent']} points were never sent: their satellites fell silent")
         print(
             f"committed {comparison.committed} points in {result['seconds']:.1f} s "
-            f"({result['points_per_second']}/s), {comparison.lost} lost, {comparison.duplicated} duplicated"
-            f"{invented}"
+            f"({result['points_per_second']}/s), {comparison.lost} lost, {comparison.duplicated} duplicated{invented}"
         )
     return 0 if comparison.clean and comparison.accepted else 1
 

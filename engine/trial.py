@@ -19,7 +19,7 @@ from psycopg import sql
 from engine import copy_format, heartbeat, lanes, migrate, rig
 from engine.columnstore import Columnstore
 from engine.rig import RigError
-from engine.rows import Columns
+from engine.rows import Columns, Ids, Times
 from engine.settings import Settings
 
 COPY_BATCHES: Final = (10_000, 50_000, 100_000)
@@ -142,6 +142,22 @@ def empty(dsn: str, *, checkpoint: bool = False) -> None:
                 connection.execute("CHECKPOINT")
 
 
+def random_readings(dice: np.random.Generator, times: Times, ids: Ids) -> Columns:
+    """Return readings of the required channels, like the simulator's, in the order in which a writer sorts them."""
+    count = len(times)
+    columns = Columns(
+        time=times,
+        satellite_id=ids,
+        values={
+            "battery_charge_percent": dice.integers(3_000, 9_900, count) / 100,
+            "storage_usage_mb": dice.integers(200_000, 8_000_000, count) / 100,
+            "signal_strength_dbm": dice.integers(-9_000, -5_600, count) / 100,
+        },
+        is_anomaly=np.zeros(count, np.bool_),
+    )
+    return copy_format.take(columns, copy_format.order(columns))
+
+
 def _copy_for(dsn: str, satellites: int, batch: int, number: int, seconds: float) -> float:
     rows, spent = 0, 0.0
     dice = np.random.default_rng(number)
@@ -152,26 +168,11 @@ def _copy_for(dsn: str, satellites: int, batch: int, number: int, seconds: float
         while spent < seconds:
             # Writers share the satellites as the workers' lanes do; no two rows have one key.
             index = np.arange(rows, rows + batch)
-            columns = Columns(
-                time=start_us + index * 2 + number,
-                satellite_id=names[index % satellites],
-                values={
-                    "battery_charge_percent": dice.integers(3_000, 9_900, batch) / 100,
-                    "storage_usage_mb": dice.integers(200_000, 8_000_000, batch) / 100,
-                    "signal_strength_dbm": dice.integers(-9_000, -5_600, batch) / 100,
-                },
-                is_anomaly=np.zeros(batch, np.bool_),
-            )
-            columns = copy_format.take(columns, copy_format.order(columns))
-            names_sql = sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
+            columns = random_readings(dice, start_us + index * 2 + number, names[index % satellites])
             body = copy_format.encode(columns, np.full(batch, start_us))
             begin = time.perf_counter()
             with connection.transaction(), connection.cursor() as cursor:
-                columnstore.begin(cursor, batch)
-                statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(names_sql)
-                with cursor.copy(statement) as copy:
-                    copy.write(body)
-                columnstore.end(cursor, batch)
+                columnstore.copy(cursor, columns, body)
             spent += time.perf_counter() - begin
             rows += batch
     return rows / spent

@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "dead_letters": {"rows"},
     "keys": set(),
     "settlement": {"dead_letters", "keys"},
-    "columnstore": set(),
+    "columnstore": {"copy_format", "rows"},
     "latest": {"copy_format", "rows"},
     "drain": {"columnstore", "copy_format", "dead_letters", "rows", "settlement", "timestamps"},
     "policies": set(),
