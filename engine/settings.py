@@ -335,7 +335,8 @@ def supervised() -> tuple[int, int] | None:
 
 def child_environment(config: Settings, **more: str) -> dict[str, str]:
     """Return the environment in which a child process loads the same settings."""
-    return {**os.environ, **config.given, **more}
+    # Nothing here multiplies matrices: numpy's threads for it would cost each process 0.1 s of CPU at its start.
+    return {"OPENBLAS_NUM_THREADS": "1", **os.environ, **config.given, **more}
 
 
 def check_exposure(settings: Settings, host: str) -> None:
