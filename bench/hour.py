@@ -41,7 +41,9 @@ SAMPLES = """
         'signal_strength_dbm']) AS channel;
     INSERT INTO database_stats SELECT %(end)s - (60 - n) * interval '1 minute', 5, 100, n * 600, n, n * 9000, n * 1000,
         0, n * 60, 0, n * 60000000, 30, 5, 1
-    FROM generate_series(1::bigint, 60) AS n"""
+    FROM generate_series(1::bigint, 60) AS n;
+    INSERT INTO slow_query SELECT n, 'SELECT count(*) FROM telemetry WHERE time > $1', n * 100, n * 100, n * 900, 9, 50,
+        %(end)s FROM generate_series(1, 20) AS n"""
 # Ten that last; of few all others take seconds to minutes; of many, as from a fleet with spikes, one of 500 does.
 EPISODES = """
     INSERT INTO anomaly_event (satellite_id, channel, severity, kind, limit_value, onset, cleared_at, peak, peak_at,

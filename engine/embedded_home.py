@@ -68,9 +68,9 @@ timezone = 'UTC'
 log_timezone = 'UTC'
 log_line_prefix = '%m [%p] '
 cluster_name = 'orbitstream'
+shared_preload_libraries = '{libraries}'
 """
 TIMESCALEDB_SETTINGS = """\
-shared_preload_libraries = 'timescaledb'
 timescaledb.telemetry_level = off
 max_worker_processes = 24          # its scheduler and jobs besides parallel queries: more than the default 8
 """
@@ -254,7 +254,10 @@ class Home:
         _write(ident, "".join(f'orbitstream "{user}" {ROLE}\n' for user in users))
         probe = ["-c", "config_file=/dev/null", "-c", "wal_compression=lz4", "-C", "wal_compression"]
         lz4 = self.run(bindir, "postgres", "-D", str(self.data), *probe, dies_by=signal.SIGKILL, quiet=True)
+        statements = (bindir.parent / "lib" / "pg_stat_statements.so").exists()  # which queries are slow
+        libraries = ["timescaledb"] * installation.timescaledb + ["pg_stat_statements"] * statements
         settings = SETTINGS.format(
+            libraries=",".join(libraries),
             socket=_quoted(self.socket),
             hba=_quoted(hba),
             ident=_quoted(ident),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 import psycopg
@@ -38,6 +39,15 @@ _DATABASE: Final = """
         CASE WHEN pg_is_in_recovery() THEN 0 ELSE pg_current_wal_lsn() - '0/0'::pg_lsn END, %s, %s, %s
     FROM pg_stat_database WHERE datname = current_database()
     ON CONFLICT DO NOTHING"""
+# COPY, and what else is no query, is left out: such statements are kept as they were sent, passwords included.
+_SLOW: Final = r"""
+    INSERT INTO slow_query
+    SELECT queryid, left(regexp_replace(min(query), '\s+', ' ', 'g'), 500), sum(calls), sum(rows), sum(total_exec_time),
+        sum(total_exec_time) / sum(calls), max(max_exec_time), now()
+    FROM pg_stat_statements
+    WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND calls > 0
+        AND query ~* '^\s*(select|insert|update|delete|with|merge)\M'
+    GROUP BY queryid ORDER BY sum(total_exec_time) DESC LIMIT 20"""
 _QUERIES: Final = (
     "SELECT avg(battery_charge_percent) FROM telemetry WHERE satellite_id = %s AND time > now() - interval '3 hours'",
     "SELECT sum(sum_battery_charge_percent) / sum(count_battery_charge_percent) FROM satellite_stats"
@@ -53,9 +63,18 @@ def take(connection: psycopg.Connection[Any]) -> None:
     one = connection.execute("SELECT satellite_id FROM satellite_latest ORDER BY time DESC LIMIT 1").fetchone()
     taken = [_milliseconds(connection, query, one[0]) for query in _QUERIES] if one else [None] * len(_QUERIES)
     connection.execute(_DATABASE, taken)
+    _take_slow_queries(connection)
     for name in ("fleet_stats", "database_stats"):
         connection.execute(f"DELETE FROM {name} WHERE time < now() - interval '{KEEP_DAYS} days'".encode())
     connection.execute(f"DELETE FROM anomaly_event WHERE cleared_at < now() - interval '{KEEP_DAYS} days'".encode())
+
+
+def _take_slow_queries(connection: psycopg.Connection[Any]) -> None:
+    if connection.execute("SELECT to_regclass('pg_stat_statements')").fetchone() == (None,):
+        return
+    with suppress(psycopg.errors.ObjectNotInPrerequisiteState), connection.transaction():  # it is there, but not loaded
+        connection.execute("DELETE FROM slow_query")
+        connection.execute(_SLOW.encode())
 
 
 def _milliseconds(connection: psycopg.Connection[Any], query: str, satellite: str) -> float:

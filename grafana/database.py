@@ -76,6 +76,14 @@ def database() -> Json:
                               override("Failures", unit="short",
                                        thresholds=thresholds(("green", None), ("red", 1)),
                                        custom__cellOptions={"type": "color-text"})])),
+        *row(30, "Queries",
+             table(31, (24, 9), "Slowest queries", "The queries of this database that took most in all, since the "
+                   "counters of pg_stat_statements began, sampled each minute; values are left out. Empty where the "
+                   "server does not load pg_stat_statements, or the account that migrates may not read it.",
+                   'SELECT query AS "Query", calls AS "Calls", rows AS "Rows", total_ms AS "In all", mean_ms AS "Mean",'
+                   '\n  worst_ms AS "Worst"\nFROM slow_query\nORDER BY total_ms DESC\nLIMIT 20',
+                   overrides=[override("In all", unit="ms"), override("Mean", unit="ms"),
+                              override("Worst", unit="ms")])),
     ]  # fmt: skip
     return board(UID, "OrbitStream database", "The database server: load, cache, log, size, jobs, and what aggregates "
                  "save.", panels, [], span="now-3h", refresh="1m")  # fmt: skip

@@ -39,6 +39,7 @@ BEGIN
             ('storage_stats',          NULL,                           true),
             ('fleet_stats',            NULL,                           true),
             ('database_stats',         NULL,                           true),
+            ('slow_query',             NULL,                           true),
             ('background_job',         NULL,                           true),
             ('aggregate_floor',        NULL,                           true),
             ('satellite_stats',        NULL,                           true),

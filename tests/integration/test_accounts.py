@@ -134,7 +134,7 @@ MUST_NOT = {
         "CREATE TABLE mine ()",
         "CREATE SCHEMA mine",
         "CREATE ROLE mine",
-        "CREATE EXTENSION pg_stat_statements",
+        "CREATE EXTENSION pg_buffercache",
         "GRANT orbitstream_owner TO orbitstream_service",
         "SET ROLE orbitstream_owner",
         "ALTER ROLE orbitstream_migrator PASSWORD 'mine'",
@@ -186,6 +186,7 @@ MUST = {
         "SELECT * FROM ingest_progress",
         "SELECT * FROM dead_letter",
         "SELECT FROM engine_stats, anomaly_event, fleet_stats, database_stats, storage_stats, capacity, background_job",
+        "SELECT query FROM slow_query",
         "SELECT datname, numbackends FROM pg_stat_database",
     ],
     "migrator": [

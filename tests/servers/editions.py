@@ -71,7 +71,7 @@ def apache() -> Iterator[str]:
     name, password, port = f"test-{secrets.token_hex(4)}", secrets.token_hex(16), _free_port()
     data = f"/var/lib/postgresql/{name}"
     settings = {
-        "shared_preload_libraries": "timescaledb",
+        "shared_preload_libraries": "timescaledb,pg_stat_statements",
         "timescaledb.telemetry_level": "off",
         "dynamic_shared_memory_type": "mmap",  # a bare chroot has no /dev/shm
         "listen_addresses": "127.0.0.1",
