@@ -49,7 +49,7 @@ class Consumer:
     def read(self, position: int, max_points: int, max_bytes: int) -> list[Record]:
         """Return records from raw `position` on, in order, up to either bound but at least one if there is one.
 
-        Raises LaneCorruptError if a record below the end is damaged.
+        Raises LaneCorruptError if the first of them is damaged; those before a damaged one can still be drained.
         """
         lane, head = self.lane, self.lane.head
         records: list[Record] = []
@@ -57,6 +57,9 @@ class Consumer:
         while start < head and points < max_points and start - position < max_bytes:
             record = lane.next_record(start)
             if record is None or record.end > head:
+                if records:
+                    break
+                del record  # a view of the lane, which could not be closed as long as somebody holds the error
                 raise LaneCorruptError(
                     f"{lane.path}: no valid record at position {start} below head {head}; keep the file"
                 )

@@ -259,6 +259,24 @@ def test_points_stay_in_the_lanes_over_a_stop_without_the_database(service: Serv
     assert service.run("drain").stdout.startswith("stored 0 points")
 
 
+def test_a_damaged_record_is_told_and_those_before_it_are_stored(service: Service, server: str) -> None:
+    name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
+    service.start(ORBITSTREAM_WORKERS="1", ORBITSTREAM_DRAIN_TIMEOUT="0s")
+    refuse_connections(server, name, refuse=True)
+    for satellite in ("FIRST", "SECOND", "DAMAGED"):
+        assert service.post("/telemetry", {**POINT, "satellite_id": satellite})[0] == 202
+    assert service.stop() == 0
+    (path,) = service.lane_dir.glob("*.ring")
+    damaged = path.read_bytes().replace(b"DAMAGED", b"UNKNOWN")
+    path.write_bytes(damaged)
+    refuse_connections(server, name, refuse=False)
+    drained = service.run("drain")
+    assert drained.returncode == 1 and "stored 2 points" in drained.stdout, drained
+    assert "no valid record at position" in drained.stderr and "Traceback" not in drained.stderr, drained.stderr
+    assert {row[0] for row in service.query("SELECT satellite_id FROM telemetry")} == {"FIRST", "SECOND"}
+    assert path.exists()
+
+
 def test_a_client_encoding_of_the_environment_changes_nothing(service: Service) -> None:
     service.start(PGCLIENTENCODING="LATIN1")
     assert service.post("/telemetry", {**POINT, "satellite_id": "é"})[0] == 202

@@ -167,6 +167,15 @@ def test_a_flipped_byte_below_head_is_an_alarm_not_a_record(lane: Lane, byte: in
     assert payloads(SealedConsumer(lane), 0) == []
 
 
+def test_the_records_before_a_damaged_one_are_read_first(lane: Lane) -> None:
+    producer, consumer = Producer(lane), Consumer(lane)
+    ends = [producer.publish([b"record_%d" % number], 1, 0).end for number in range(3)]
+    lane.data[ends[1] + 36] ^= 1
+    assert [record.end for record in consumer.read(0, LIMIT, LIMIT)] == ends[:2]
+    with pytest.raises(LaneCorruptError):
+        consumer.read(ends[1], LIMIT, LIMIT)
+
+
 def test_a_sealed_lane_is_read_across_a_hole(lane: Lane) -> None:
     producer = Producer(lane)
     ends = [producer.publish([b"record_%d" % number], 1, 0).end for number in range(5)]
