@@ -54,28 +54,29 @@ def add_command(commands: Any) -> None:
 
 
 def run(config: Settings, options: argparse.Namespace) -> int:
-    """Measure; exit code 1 if a trial could not run."""
+    """Measure; exit code 1 if a trial could not run, or the result could not be stored."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+    if config.log_level == "info":  # each connection that COPYs tells where its rows go: of use in a service's log
+        logging.getLogger("orbitstream").setLevel(logging.WARNING)
     home = rig.private_folder(config.home, "capacity")
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-capacity", 0o700)
     try:
+        check_table(config)
         with scratch_database(config, home) as dsn:
-            result = measure(dsn, lane_dir, options)
+            result = {**measure(dsn, lane_dir, options), "node": config.node}
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / "capacity.json").write_text(json.dumps(result, indent=1) + "\n")
+            _plot(result, options.output / "capacity.png")
+        print(json.dumps(result) if options.json else to_words(result), flush=True)
+        store(config, result)
     except (RigError, psycopg.Error) as error:
         print(f"orbitstream capacity: {error}", file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(lane_dir, ignore_errors=True)
         shutil.rmtree(home, ignore_errors=True)
-    result["node"] = config.node
-    if config.database_url is not None:
-        store(config, result)
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "capacity.json").write_text(json.dumps(result, indent=1) + "\n")
-        _plot(result, options.output / "capacity.png")
-    print(json.dumps(result) if options.json else to_words(result))
     return 0
 
 
@@ -132,10 +133,21 @@ def describe(
     }  # fmt: skip
 
 
+def check_table(config: Settings) -> None:
+    """Raise RigError if the database that serves could not store the result: better now than after minutes."""
+    if url := config.migration_database_url or config.database_url:
+        with psycopg.connect(url, autocommit=True) as connection:
+            if connection.execute("SELECT to_regclass('capacity')").fetchone() == (None,):
+                raise RigError(
+                    "the database of DATABASE_URL has no table capacity yet: run `orbitstream migrate` first"
+                )
+
+
 def store(config: Settings, result: dict[str, Any]) -> None:
-    """Add the result to the capacity table of the database that serves."""
+    """Add the result to the capacity table of the database that serves, if one was given."""
     url = config.migration_database_url or config.database_url
-    assert url is not None
+    if url is None:
+        return
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
             "INSERT INTO capacity (node, knee_points_per_second, drain_points_per_second, copy_points_per_second,"

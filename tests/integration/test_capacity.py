@@ -40,6 +40,8 @@ def test_the_share_of_copy_at_the_knee_is_found_on_a_machine_that_stumbles_and_s
 
 
 def test_capacity_is_measured_beside_the_data_and_stored(service: Service) -> None:
+    early = service.run("capacity")
+    assert early.returncode == 1 and "orbitstream migrate" in early.stderr and early.stderr.count("\n") == 1
     assert service.run("migrate").returncode == 0
     done = service.run(
         "capacity", "--json", "--seconds", "0.5", "--trials", "1", "--satellites", "100", "--bound", "5000"
