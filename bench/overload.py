@@ -30,8 +30,8 @@ from bench.panels import scratch
 from engine import capacity, maintenance, migrate, rig, settings, stats, trial
 
 CALM_S = 14.0
-SETTLED_S = 5.0
-"""So long after its start an overload is judged: the board's line through the lanes' use takes as long."""
+SETTLED_S = 10.0
+"""So long after its start an overload is judged: the board's line through the lanes' use is as long."""
 
 
 class Watched:

@@ -49,9 +49,10 @@ def glance() -> list[Json]:
              unit="percentunit", limit=FULL, field={"decimals": 1}),
         stat(5, (4, 4), "Seconds until full", "When the lane that fills fastest would be full at the rate of the last "
              "10 seconds of the range; no value while none fills.",
-             "SELECT min((capacity - used) / growth)::float8 AS \"until full\" FROM (\n"
-             "  SELECT max(capacity_bytes) AS capacity, max(queue_bytes) AS used,\n"
-             "    regr_slope(queue_bytes, extract(epoch FROM time)) AS growth\n"
+             "SELECT min(greatest(0, (capacity - used) / growth))::float8 AS \"until full\" FROM (\n"
+             "  SELECT max(capacity_bytes) AS capacity,\n"
+             f"    regr_intercept(queue_bytes, extract(epoch FROM time - {TO})) AS used,\n"
+             f"    regr_slope(queue_bytes, extract(epoch FROM time - {TO})) AS growth\n"
              f"  FROM engine_stats WHERE {WORKER} AND time > {TO} - interval '10 seconds' AND time <= {TO}\n"
              "  GROUP BY node, name\n) AS lanes WHERE growth > 0.001 * capacity / 60",
              unit="s", limit=thresholds(("red", None), ("orange", 60), ("green", 600)),
