@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from bench.boards import Boards, all_queries, opened
 from engine import maintenance, migrate, samples
 from tests.conftest import on_each_edition
-from tests.service import Service, eventually
+from tests.service import POINT, Service, eventually
 
 NOT_NOW = {"capacity / 5 Seconds until full", "capacity / 52 Disk full in", "anomalies / 3 How long"}
 """One row, whose value there may be none: no lane fills, no disk, no episode is over."""
@@ -58,6 +58,10 @@ def test_every_panel_has_rows_while_service_and_simulator_run(service: Service) 
     service.start()
     with load(service):
         [(satellite,)] = eventually(lambda: service.query("SELECT satellite_id FROM anomaly_event LIMIT 1"), 20, "one")
+        # The fleet's anomalies come and go: this one lasts.
+        assert service.post("/telemetry", POINT | {"battery_charge_percent": 5})[0] == 202
+        lasting = "SELECT 1 FROM anomaly_event WHERE satellite_id = %s AND cleared_at IS NULL"
+        eventually(lambda: service.query(lasting, POINT["satellite_id"]), 20, "an episode that lasts")
         eventually(lambda: service.query("SELECT max(time) - min(time) > '5 s' FROM engine_stats") == [(True,)], 20)
         sample_two_minutes(service.database)
         silent = []
