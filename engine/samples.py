@@ -72,7 +72,8 @@ def take(connection: psycopg.Connection[Any]) -> None:
 def _take_slow_queries(connection: psycopg.Connection[Any]) -> None:
     if connection.execute("SELECT to_regclass('pg_stat_statements')").fetchone() == (None,):
         return
-    with suppress(psycopg.errors.ObjectNotInPrerequisiteState), connection.transaction():  # it is there, but not loaded
+    no_use = (psycopg.errors.ObjectNotInPrerequisiteState, psycopg.errors.InsufficientPrivilege)  # not loaded, not ours
+    with suppress(*no_use), connection.transaction():
         connection.execute("DELETE FROM slow_query")
         connection.execute(_SLOW.encode())
 
