@@ -73,7 +73,8 @@ class Server:
         self.stop_listening()
         with self._lock:
             for sock in self._open:
-                sock.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # its client was killed, which its thread has not seen yet
+                    sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
         self._listener.close()
