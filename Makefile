@@ -13,7 +13,7 @@ help:  ## show this help
 demo: .venv/embedded  ## run database, service and simulator for 10 s and prove that nothing was lost
 	$(BIN)/orbitstream demo
 
-test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (5 to 6 minutes on 2 cores)
+test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (4 to 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 3 --dist loadfile tests/unit tests/integration
 
 crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random kills; writes crash-report.json (27 minutes)

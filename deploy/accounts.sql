@@ -40,13 +40,13 @@ ALTER ROLE orbitstream_service LOGIN PASSWORD :'service';
 ALTER ROLE orbitstream_grafana LOGIN PASSWORD :'grafana';
 
 GRANT orbitstream_owner, orbitstream_ingest, orbitstream_read TO orbitstream_migrator WITH ADMIN OPTION;
+GRANT orbitstream_ingest TO orbitstream_service;
+GRANT orbitstream_read TO orbitstream_grafana;
+
 -- Maintenance samples the slowest queries of all accounts; what is no query, as ALTER ROLE .. PASSWORD, it leaves aside.
 SELECT 'CREATE EXTENSION IF NOT EXISTS pg_stat_statements'
 WHERE EXISTS (SELECT FROM pg_available_extensions WHERE name = 'pg_stat_statements') \gexec
 GRANT pg_read_all_stats TO orbitstream_migrator;
-
-GRANT orbitstream_ingest TO orbitstream_service;
-GRANT orbitstream_read TO orbitstream_grafana;
 
 -- A setting of a role is not inherited by its members, hence on the account.
 ALTER ROLE orbitstream_grafana SET statement_timeout = '30s';
