@@ -277,10 +277,9 @@ class _Transaction:
         received: Times = np.concatenate([times for _, times in parts]) if parts else np.empty(0, np.int64)
         columns = rows.concatenate([part for part, _ in parts]) if parts else None
         compressed = False
-        if columns is not None and not careful:
-            order = copy_format.order(columns)
-            columns, received = copy_format.take(columns, order), received[order]
-            compressed = self._copy_or_refuse(columns, received)
+        if columns is not None:
+            columns, received = _sorted(columns, received)
+            compressed = not careful and self._copy_or_refuse(columns, received)
         return Flush(columns, received, deduplicated, self.dead_lettered, compressed)
 
     def _columns(self, records: Sequence[SourceRecord]) -> tuple[Columns, Times]:
@@ -318,8 +317,7 @@ class _Transaction:
         """COPY records under savepoints, halving what is refused down to the point, and set that point aside."""
         stored = []
         for record in records:
-            columns, received = self._columns([record])
-            stored += self._halve(record, columns, received)
+            stored += self._halve(record, *_sorted(*self._columns([record])))
         return stored
 
     def _halve(self, record: SourceRecord, columns: Columns, received: Times) -> list[tuple[Columns, Times]]:
@@ -350,6 +348,12 @@ class _Transaction:
         points = [dead_letters.point_json(columns, index, int(received[index])) for index in range(len(columns))]
         dead_letters.insert(self.cursor, self.lane.uuid, record.end, cause, points)
         self.dead_lettered += len(columns)
+
+
+def _sorted(columns: Columns, received: Times) -> tuple[Columns, Times]:
+    """Return points by satellite and time, as whoever looks at them after the COPY expects them."""
+    order = copy_format.order(columns)
+    return copy_format.take(columns, order), received[order]
 
 
 def end_blocking_backend(connection: psycopg.Connection[Any], lane: UUID) -> int:

@@ -136,3 +136,4 @@ def service(database: str, lane_dir: Path) -> Iterator[Service]:
     """`orbitstream serve`, not started yet, over a database and a lane directory of its own."""
     with Service(database, lane_dir) as running:
         yield running
+        running.show_output()  # which pytest keeps for the report of a failure

@@ -93,8 +93,8 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.process is not None and self.process.poll() is None:
             self.kill_everything()
-        if error is not None and self.log.exists():
-            print(self.log.read_text()[-6000:], file=sys.stderr)
+        if error is not None:
+            self.show_output()
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run an orbitstream command to its end."""
@@ -141,6 +141,10 @@ class Service:
 
     def output(self) -> str:
         return self.log.read_text()
+
+    def show_output(self) -> None:
+        if self.log.exists():
+            print(self.output()[-6000:], file=sys.stderr)
 
     # -- HTTP
 

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -156,10 +157,14 @@ def test_a_poison_point_is_set_aside_and_the_rest_lands(service: Service) -> Non
     arrange_faults(service, dict(poison))
     names = [f"S{number}" for number in range(500)]
     batch = [{**POINT, "satellite_id": name} for name in [*names[:250], *poison, *names[250:]]]
+    at = datetime.now(UTC).replace(microsecond=0)
+    batch[:3] = [{**batch[0], "timestamp": (at - timedelta(seconds=age)).isoformat()} for age in (1, 3, 2)]
     assert service.post("/telemetry/batch", batch)[0] == 202
     for name in ("BEFORE", *poison, "AFTER"):
         assert service.post("/telemetry", {**POINT, "satellite_id": name, "temperature_c": 4.5})[0] == 202
     eventually(lambda: service.count() == 502, 20)
+    newest = "SELECT time FROM satellite_latest WHERE satellite_id = 'S0'"
+    eventually(lambda: service.query(newest) == [(at - timedelta(seconds=1),)], 10, "the newest, not the last in it")
     refused = [(name, code, "refused") for name, code in poison.items() for _ in range(2)]
     letters = "SELECT point ->> 'satellite_id', sqlstate, reason FROM dead_letter ORDER BY 1"
     eventually(lambda: service.query(letters) == refused, 20, "every dead letter, also of a lane without a good point")

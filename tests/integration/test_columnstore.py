@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from engine.rows import Columns
 from tests.service import Service, compresses, eventually
 
 SATELLITES = 40
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 QUERIES = (
     "SELECT count(*), sum(storage_usage_mb), count(temperature_c) FROM {table}",
     "SELECT time, satellite_id, storage_usage_mb FROM {table} ORDER BY time DESC, satellite_id LIMIT 4",
@@ -45,13 +46,14 @@ QUERIES = (
 
 
 def points(count: int, start: float, span: float, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield points of distinct times at random within `span` seconds."""
+    """Yield points at random within `span` seconds; their last two digits are the seed, so that no two times agree."""
     random = np.random.default_rng(seed)
-    offsets = random.permutation(count) * (span / count) + seed * 1e-6
+    offsets = random.permutation(count) * (span / count)
     for number, offset in enumerate(offsets.tolist()):
+        made_us = round((start + offset) * 1e4) * 100 + seed
         yield {
             "satellite_id": f"SAT-{int(random.integers(SATELLITES)):02d}",
-            "timestamp": datetime.fromtimestamp(start + offset, UTC).isoformat(timespec="microseconds"),
+            "timestamp": (EPOCH + timedelta(microseconds=made_us)).isoformat(timespec="microseconds"),
             "battery_charge_percent": float(number % 101),
             "storage_usage_mb": float(number),
             "signal_strength_dbm": -float(number % 110),
