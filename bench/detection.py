@@ -28,6 +28,7 @@ from bench.panels import scratch
 from engine import heartbeat, limits, migrate, rig, settings
 from engine.episodes import Episode, Monitor
 from engine.rows import Columns
+from engine.satellites import Satellites
 from simulator.anomalies import Anomaly, beyond_limits
 from simulator.fleet import Fleet, satellite_ids
 
@@ -107,7 +108,8 @@ def offline(options: argparse.Namespace) -> dict[str, Any]:
     """Put the fleet's readings through a Monitor, and score the episodes that it tells of."""
     fleet = Fleet(0, SATELLITES, seed=1, anomaly_rate=options.anomaly_rate)
     ids = satellite_ids(0, SATELLITES, SATELLITES)
-    monitor = Monitor(limits.of_settings(settings.load({})))
+    known = Satellites()
+    monitor = Monitor(limits.of_settings(settings.load({})), known)
     found: dict[int, Episode] = {}
     truth: list[tuple[np.ndarray, ...]] = []
     seconds, points = 0.0, 0
@@ -135,7 +137,7 @@ def offline(options: argparse.Namespace) -> dict[str, Any]:
                 columns = waiting.pop(0)
                 begun = time.process_time()
                 monitor.mark(columns)
-                for episode in monitor.advance(columns):
+                for episode in monitor.advance(columns, known.runs(columns)):
                     found[id(episode)] = episode
                 seconds += time.process_time() - begun
                 points += len(columns)

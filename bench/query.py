@@ -32,6 +32,7 @@ from engine import copy_format, limits, migrate, policies, settings
 from engine.columnstore import Columnstore
 from engine.latest import Latest
 from engine.rows import Columns
+from engine.satellites import Satellites
 from simulator.anomalies import Anomaly
 from simulator.fleet import Fleet, satellite_ids
 
@@ -92,14 +93,14 @@ def batches(options: argparse.Namespace, end: datetime) -> Iterator[Columns]:
     first = int(end.timestamp() * 1e6) - span
     for start in range(0, points, BATCH):
         numbers = np.arange(start, min(start + BATCH, points))
-        readings = fleet.read(numbers % count, first + numbers * span // points)
+        readings = fleet.read(numbers % count, first + (numbers * (span / points)).astype(np.int64))
         readings = readings.pick(np.flatnonzero(readings.anomaly != Anomaly.SILENCE))
         values = {
             channel.name: column / 10.0**channel.decimals
             for channel, column in zip(fleet.channels, readings.values, strict=True)
         }
         columns = Columns(readings.time_us, ids[readings.satellite], values, np.zeros(len(readings.time_us), np.bool_))
-        _, columns.is_anomaly = fleet_limits.beyond(columns)
+        columns.is_anomaly = fleet_limits.critical(columns)
         yield copy_format.take(columns, copy_format.order(columns))
 
 
@@ -139,7 +140,9 @@ class Table:
 
 def load(url: str, options: argparse.Namespace, end: datetime, indexes: list[str]) -> tuple[int, dict[str, float]]:
     """Fill every table; returns the points, and the seconds each table took while the others were filled too."""
-    tables, latest, points = {name: Table(url, table) for name, table in TABLES.items()}, Latest(), 0
+    tables, points = {name: Table(url, table) for name, table in TABLES.items()}, 0
+    satellites = Satellites()
+    latest = Latest(satellites)
     pending: list[Future[None]] = []
     with ThreadPoolExecutor(len(tables)) as pool, migrate.connect(url, "orbitstream-bench") as connection:
         for columns in batches(options, end):
@@ -147,7 +150,7 @@ def load(url: str, options: argparse.Namespace, end: datetime, indexes: list[str
             for copying in pending:  # the next batch is made while the last one is copied
                 copying.result()
             pending = [pool.submit(table.copy, names, body, len(columns)) for table in tables.values()]
-            latest.add(columns, columns.time)
+            latest.add(columns, columns.time, satellites.runs(columns))
             if (points + len(columns)) // 1_000_000 > points // 1_000_000:
                 print(f"{(points + len(columns)) / 1e6:.0f} M points", file=sys.stderr, flush=True)
             points += len(columns)

@@ -14,17 +14,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from math import isnan
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.limits import CRITICAL, NOMINAL, WARNING, Limit, Limits
-from engine.rows import Columns, Flags
+from engine.rows import Columns
+from engine.satellites import Runs, Satellites, extended
 
-Places = NDArray[np.int64]
-
-FIRST_SLOTS: Final = 1024
 RATE_WITHIN_US: Final = 600_000_000
 """Readings further apart say nothing of a rate of change."""
 
@@ -66,138 +64,118 @@ class Track:
         return self.level == NOMINAL and not self.pending
 
 
-class Readings(NamedTuple):
-    """One channel of one satellite in order of time (us): values, and levels by their rate of change."""
-
-    times: list[int]
-    values: list[float]
-    rates: list[int]
-
-
-class Runs(NamedTuple):
-    """Neighbouring rows of one satellite: where each run begins and ends, whose it is, and its place in the arrays."""
-
-    begins: Places
-    ends: Places
-    names: list[bytes]
-    slots: Places
-
-    def holding(self, rows: Flags) -> list[int]:
-        """Return the runs, by index, that hold at least one of the rows marked."""
-        marked = np.flatnonzero(rows)
-        if len(marked) == 0 or len(self.names) == len(rows):
-            return [*map(int, marked)]
-        return [*map(int, np.unique(np.searchsorted(self.begins, marked, "right") - 1))]
-
-
 class Monitor:
     """The limits applied to a stream of stored points."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.tracks: dict[bytes, dict[str, Track]] = {}
-        self._slots: dict[bytes, int] = {}
-        self._newest = np.zeros(FIRST_SLOTS, np.int64)  # time of the newest reading of each satellite
-        self._tracked = np.zeros(FIRST_SLOTS, np.bool_)  # which satellites have tracks
+    def __init__(self, limits: Limits, satellites: Satellites) -> None:
+        self.limits, self.satellites = limits, satellites
+        self.tracks: dict[int, dict[str, Track]] = {}
+        room = satellites.room
+        self._newest = np.zeros(room, np.int64)  # time of the newest reading of each satellite
+        self._tracked = np.zeros(room, np.bool_)  # which satellites have tracks
         # For rates: the newest reading that was no spike, by channel.
-        self._then = {channel: np.zeros(FIRST_SLOTS, np.int64) for channel in limits.rates}
-        self._was = {channel: np.full(FIRST_SLOTS, np.nan) for channel in limits.rates}
+        self._then = {channel: np.zeros(room, np.int64) for channel in limits.rates}
+        self._was = {channel: np.full(room, np.nan) for channel in limits.rates}
 
     def mark(self, columns: Columns) -> None:
         """Set is_anomaly of each point: beyond a critical limit, or a critical spike. Changes no state."""
-        _, critical = self.limits.beyond(columns)
+        critical = self.limits.critical(columns)
         if self.limits.satellites or self.limits.rates:
-            found = self._runs(columns)
+            found = self.satellites.runs(columns)
+            self._make_room()
             spiky = self._candidates(columns, found)
             for index in self._particular(found, spiky):
-                span, own = _span(found, index), self.limits.of(found.names[index])
-                _, critical[span] = self.limits.beyond(columns, span, own)
+                span, own = found.span(index), self.limits.of(self._name(found, index))
+                critical[span] = self.limits.critical(columns, span, own)
                 for channel in spiky.get(index, ()):
                     critical[span] |= self._spikes(columns, found, index, channel)[0] == CRITICAL
         columns.is_anomaly = critical
 
-    def advance(self, columns: Columns) -> list[Episode]:
-        """Move the state by stored rows; returns the episodes that began, became worse or ended, in order."""
-        beyond, _ = self.limits.beyond(columns)
-        found = self._runs(columns)
+    def advance(self, columns: Columns, found: Runs) -> list[Episode]:
+        """Move the state by rows that were marked and stored, of which `found` tells the satellites.
+
+        Returns the episodes that began, became worse or ended, in order.
+        """
+        self._make_room()
+        beyond = columns.is_anomaly | self.limits.warning(columns) if self.limits.warns else columns.is_anomaly
         spiky = self._candidates(columns, found)
         for index in self._particular(found, {}):
-            span = _span(found, index)
-            beyond[span], _ = self.limits.beyond(columns, span, self.limits.of(found.names[index]))
+            beyond = beyond.copy() if beyond is columns.is_anomaly else beyond
+            span, own = found.span(index), self.limits.of(self._name(found, index))
+            beyond[span] = self.limits.critical(columns, span, own) | self.limits.warning(columns, span, own)
         wanted = {*found.holding(beyond), *spiky}
         if self.tracks:
-            wanted.update(np.flatnonzero(self._tracked[found.slots]).tolist())
+            wanted.update(self._tracked[found.numbers].nonzero()[0].tolist())
         changed: list[Episode] = []
         for index in sorted(wanted):
             self._walk(columns, found, index, spiky.get(index, []), changed)
         self._remember(columns, found, spiky)
-        np.maximum.at(self._newest, found.slots, columns.time[found.ends - 1])
+        np.maximum.at(self._newest, found.numbers, columns.time[found.ends - 1])
         return changed
 
     def resume(self, episode: Episode) -> None:
         """Take up an episode that lasted when an earlier writer ended."""
         episode.told = episode.severity
-        tracks = self.tracks.setdefault(episode.satellite, {})
+        number = self.satellites.number(episode.satellite)
+        self._make_room()
+        tracks = self.tracks.setdefault(number, {})
         if episode.channel not in tracks:
             tracks[episode.channel] = Track(level=episode.severity, episode=episode)
-        slot = self._slot_of([episode.satellite])[0]
-        self._tracked[slot] = True
-        self._newest[slot] = max(self._newest[slot], episode.onset)
+        self._tracked[number] = True
+        self._newest[number] = max(self._newest[number], episode.onset)
 
-    # -- rows to satellites
+    def _make_room(self) -> None:
+        room = self.satellites.room
+        if room == len(self._newest):
+            return
+        self._newest, self._tracked = extended(self._newest, room), extended(self._tracked, room)
+        for channel in self.limits.rates:
+            self._then[channel] = extended(self._then[channel], room)
+            self._was[channel] = extended(self._was[channel], room, np.nan)
 
-    def _runs(self, columns: Columns) -> Runs:
-        ids = columns.satellite_id
-        begins = np.concatenate([[0], np.flatnonzero(ids[1:] != ids[:-1]) + 1])
-        names: list[bytes] = ids[begins].tolist()
-        return Runs(begins, np.append(begins[1:], len(ids)), names, self._slot_of(names))
-
-    def _slot_of(self, names: list[bytes]) -> Places:
-        """Return the place of each satellite in the arrays, making room for new ones."""
-        try:
-            return np.fromiter(map(self._slots.__getitem__, names), np.int64, len(names))
-        except KeyError:
-            for name in names:
-                self._slots.setdefault(name, len(self._slots))
-        while len(self._slots) > len(self._newest):
-            self._newest = np.append(self._newest, np.zeros_like(self._newest))
-            self._tracked = np.append(self._tracked, np.zeros_like(self._tracked))
-            for channel in self.limits.rates:
-                self._then[channel] = np.append(self._then[channel], np.zeros_like(self._then[channel]))
-                self._was[channel] = np.append(self._was[channel], np.full_like(self._was[channel], np.nan))
-        return self._slot_of(names)
+    def _name(self, found: Runs, index: int) -> bytes:
+        return self.satellites.names[int(found.numbers[index])]
 
     def _particular(self, found: Runs, spiky: dict[int, list[str]]) -> list[int]:
         """Return the runs, by index, of satellites with limits of their own, and those that may hold a spike."""
         own = self.limits.satellites
-        return [index for index, name in enumerate(found.names) if name in own or index in spiky] if own else [*spiky]
+        if not own:
+            return [*spiky]
+        names = map(self.satellites.names.__getitem__, found.numbers.tolist())
+        return [index for index, name in enumerate(names) if name in own or index in spiky]
 
     # -- one satellite, point by point
 
     def _walk(self, columns: Columns, found: Runs, index: int, spikes: list[str], changed: list[Episode]) -> None:
-        name, span, slot = found.names[index], _span(found, index), found.slots[index]
-        tracks = self.tracks.setdefault(name, {})
+        number, span = int(found.numbers[index]), found.span(index)
+        name, alone = self.satellites.names[number], span.stop - span.start == 1
+        newest, tracks = int(self._newest[number]), self.tracks.get(number, {})
         for channel, limit in self.limits.of(name).items():
             column = columns.values.get(channel)
             if column is None:
                 continue
-            values = column[span].tolist()
-            low, high = limit.lowest, limit.highest
+            low, high, quiet = limit.lowest, limit.highest, channel not in tracks and channel not in spikes
+            if alone and quiet and not (column.item(span.start) < low or column.item(span.start) > high):
+                continue  # most of what is looked at: the other channels of a satellite that has one reading
+            values: list[float] = column[span].tolist()
             beyond = [place for place, value in enumerate(values) if value < low or value > high]
+            if quiet and not beyond:
+                continue
+            rates = [NOMINAL] * len(values)
             if channel in spikes:
                 rates = self._spikes(columns, found, index, channel)[0].tolist()
                 beyond = sorted({*beyond, *(place for place, level in enumerate(rates) if level)})
-            elif beyond or channel in tracks:
-                rates = [NOMINAL] * len(values)
-            if beyond or channel in tracks:
-                track = tracks.pop(channel, None) or Track()
-                readings = Readings(columns.time[span].tolist(), values, rates)
-                _follow(track, (name, channel), limit, readings, beyond, int(self._newest[slot]), changed)
-                if not track.idle:
-                    tracks[channel] = track
-        self._tracked[slot] = bool(tracks)
-        if not tracks:
-            del self.tracks[name]
+            track = tracks.pop(channel, None) or Track()
+            _follow(
+                track, (name, channel), limit, (columns.time[span].tolist(), values, rates), beyond, newest, changed
+            )
+            if not track.idle:
+                tracks[channel] = track
+        self._tracked[number] = bool(tracks)
+        if tracks:
+            self.tracks[number] = tracks
+        else:
+            self.tracks.pop(number, None)
 
     # -- rates of change
 
@@ -210,7 +188,8 @@ class Monitor:
                 continue
             then, was = np.empty(len(column), np.int64), np.empty(len(column))
             then[1:], was[1:] = columns.time[:-1], column[:-1]
-            then[found.begins], was[found.begins] = self._then[channel][found.slots], self._was[channel][found.slots]
+            then[found.begins] = self._then[channel][found.numbers]
+            was[found.begins] = self._was[channel][found.numbers]
             steep = np.abs(column - was) > rate / 1e6 * (columns.time - then)
             for index in found.holding(steep):
                 candidates.setdefault(index, []).append(channel)
@@ -223,9 +202,9 @@ class Monitor:
 
         A reading is compared with the newest one that was no spike, so that the way back from a spike is none.
         """
-        span, slot = _span(found, index), found.slots[index]
-        limit = self.limits.of(found.names[index]).get(channel, Limit())
-        then, was = int(self._then[channel][slot]), float(self._was[channel][slot])
+        span, number = found.span(index), found.numbers[index]
+        limit = self.limits.of(self._name(found, index)).get(channel, Limit())
+        then, was = int(self._then[channel][number]), float(self._was[channel][number])
         levels = np.zeros(span.stop - span.start, np.int8)
         readings = zip(columns.time[span].tolist(), columns.values[channel][span].tolist(), strict=True)
         for place, (time, value) in enumerate(readings):
@@ -242,6 +221,8 @@ class Monitor:
 
     def _remember(self, columns: Columns, found: Runs, spiky: dict[int, list[str]]) -> None:
         """Keep the newest reading of every satellite that was no spike."""
+        if not self.limits.rates:
+            return
         last = found.ends - 1
         for channel in self.limits.rates:
             column = columns.values.get(channel)
@@ -249,28 +230,27 @@ class Monitor:
                 continue
             kept = [(index, self._spikes(columns, found, index, channel)[1])
                     for index, channels in spiky.items() if channel in channels]  # fmt: skip
-            newer = ~np.isnan(column[last]) & (columns.time[last] > self._then[channel][found.slots])
+            newer = ~np.isnan(column[last]) & (columns.time[last] > self._then[channel][found.numbers])
             newer[[index for index, _ in kept]] = False
-            slots = found.slots[newer]
-            self._then[channel][slots], self._was[channel][slots] = columns.time[last[newer]], column[last[newer]]
+            numbers = found.numbers[newer]
+            self._then[channel][numbers], self._was[channel][numbers] = columns.time[last[newer]], column[last[newer]]
             for index, (then, was) in kept:
-                self._then[channel][found.slots[index]], self._was[channel][found.slots[index]] = then, was
-
-
-def _span(found: Runs, index: int) -> slice:
-    return slice(int(found.begins[index]), int(found.ends[index]))
+                number = found.numbers[index]
+                self._then[channel][number], self._was[channel][number] = then, was
 
 
 def _follow(
     track: Track,
     who: tuple[bytes, str],
     limit: Limit,
-    readings: Readings,
+    readings: tuple[list[int], list[float], list[int]],
     beyond: list[int],
     newest: int,
     changed: list[Episode],
 ) -> None:
     """Move one track by all readings later than `newest`; `beyond` has the places of those that are not nominal.
+
+    The readings are their times, values, and levels by the rate of change, in order of time.
 
     While the track is idle, nominal readings are passed over: of most satellites that is all but a few.
     """
@@ -283,7 +263,8 @@ def _follow(
                 return
             passed = range(beyond[following] - 1, place - 1, -1)
             place = beyond[following]
-            latest = max(latest, next((times[each] for each in passed if not isnan(values[each])), latest))
+            if passed:
+                latest = max(latest, next((times[each] for each in passed if not isnan(values[each])), latest))
         if times[place] > latest and not isnan(values[place]):
             latest = times[place]
             _step(track, who, limit, (latest, values[place], rates[place]), changed)

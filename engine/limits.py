@@ -19,6 +19,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,8 @@ import numpy as np
 from engine.channels import BY_NAME, MAX_ID_BYTES
 from engine.rows import Columns, Flags
 from engine.settings import Settings
+
+Bounds = tuple[float, float]
 
 NOMINAL, WARNING, CRITICAL = range(3)
 SEVERITIES: Final = ("nominal", "warning", "critical")
@@ -86,34 +89,45 @@ class Limits:
         for name, limit in [item for own in (self.channels, *self.satellites.values()) for item in own.items()]:
             if isfinite(limit.rate):
                 self.rates[name] = min(limit.rate, self.rates.get(name, inf))
+        self._critical, self._warning = _critical(self.channels), _warning(self.channels)
+        self.warns = any(map(isfinite, chain(*self._warning.values())))
+        """Whether the fleet has a warning limit of a value."""
 
     def of(self, satellite: bytes) -> Mapping[str, Limit]:
         """Return the limits of a satellite by channel."""
         return self.satellites.get(satellite, self.channels)
 
-    def beyond(
-        self, columns: Columns, span: slice = slice(None), own: Mapping[str, Limit] | None = None
-    ) -> tuple[Flags, Flags]:
-        """Return for each point of `span` whether a value is beyond any limit, and whether beyond a critical one.
+    def critical(self, columns: Columns, span: slice = slice(None), own: Mapping[str, Limit] | None = None) -> Flags:
+        """Return for each point of `span` whether a value is beyond a critical limit; NaN violates nothing.
 
-        The limits are `own`, or those of the fleet. A channel that a point lacks (NaN) violates nothing.
+        The limits are `own`, or those of the fleet.
         """
-        points = len(columns.time[span])
-        any_level, critical = np.zeros(points, np.bool_), np.zeros(points, np.bool_)
-        for name, limit in (self.channels if own is None else own).items():
-            if name not in columns.values:
-                continue
-            column = columns.values[name][span]
-            if limit.critical_below > -inf:
-                critical |= column < limit.critical_below
-            if limit.critical_above < inf:
-                critical |= column > limit.critical_above
-            if limit.warning_below > limit.critical_below:
-                any_level |= column < limit.warning_below
-            if limit.warning_above < limit.critical_above:
-                any_level |= column > limit.warning_above
-        any_level |= critical
-        return any_level, critical
+        return _beyond(columns, span, self._critical if own is None else _critical(own))
+
+    def warning(self, columns: Columns, span: slice = slice(None), own: Mapping[str, Limit] | None = None) -> Flags:
+        """Return for each point of `span` whether a value is beyond a warning limit; as `critical`."""
+        return _beyond(columns, span, self._warning if own is None else _warning(own))
+
+
+def _critical(limits: Mapping[str, Limit]) -> dict[str, Bounds]:
+    return {name: (limit.critical_below, limit.critical_above) for name, limit in limits.items()}
+
+
+def _warning(limits: Mapping[str, Limit]) -> dict[str, Bounds]:
+    return {name: (limit.warning_below, limit.warning_above) for name, limit in limits.items()}
+
+
+def _beyond(columns: Columns, span: slice, bounds: Mapping[str, Bounds]) -> Flags:
+    flags = np.zeros(len(columns.time[span]), np.bool_)
+    for name, (low, high) in bounds.items():
+        column = columns.values.get(name)
+        if column is None:
+            continue
+        if low > -inf:
+            flags |= column[span] < low
+        if high < inf:
+            flags |= column[span] > high
+    return flags
 
 
 def of_settings(config: Settings) -> Limits:

@@ -39,6 +39,7 @@ from engine.latest import Latest
 from engine.migrate import find_edition
 from engine.recorder import Recorder
 from engine.ring import Lane, LaneError
+from engine.satellites import Satellites
 from engine.settings import Settings
 from engine.summary import Summary
 from engine.timestamps import now_us
@@ -73,12 +74,13 @@ class Writer:
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
         self.columnstore: Columnstore | None = None
-        self.latest = Latest()
+        self.satellites = Satellites()
+        self.latest = Latest(self.satellites)
         self.failures = 0
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
         self.summary = Summary(log)
-        self.monitor = Monitor(limits.of_settings(config))
+        self.monitor = Monitor(limits.of_settings(config), self.satellites)
         self.recorder = Recorder(config.lane_dir, config.node, stats=index == 0)
 
     def stop(self, *_: object) -> None:
@@ -327,12 +329,12 @@ class Writer:
         if flushed.dead_lettered:
             self.beat.dead_lettered(flushed.dead_lettered)
             log.error("%s: %d points set aside in dead_letter", mine.path.name, flushed.dead_lettered)
-        if flushed.columns is not None:
-            self.latest.add(flushed.columns, flushed.received)
         self.summary.add(flushed)
         if flushed.columns is not None:
             self.beat.anomalous(int(flushed.columns.is_anomaly.sum()))
-            changed = self.monitor.advance(flushed.columns)
+            found = self.satellites.runs(flushed.columns)
+            self.latest.add(flushed.columns, flushed.received, found)
+            changed = self.monitor.advance(flushed.columns, found)
             self.summary.tell(changed)
             self.recorder.add(changed)
         log.debug("flush lane=%s points=%d ms=%.1f", mine.path.name, flushed.committed, seconds * 1000)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.episodes import Episode, Monitor
 from engine.limits import CRITICAL, WARNING, Limit, Limits
 from engine.rows import Columns
+from engine.satellites import Satellites
 
 BATTERY, STORAGE = "battery_charge_percent", "storage_usage_mb"
 S = 1_000_000
@@ -28,12 +29,17 @@ def columns(*points: tuple[int, float], satellite: bytes = b"A") -> Columns:
 
 def monitor(limit: Limit = PLAIN, **satellites: Limit) -> Monitor:
     own = {name.encode(): {BATTERY: each} for name, each in satellites.items()}
-    return Monitor(Limits({BATTERY: limit}, own))
+    return Monitor(Limits({BATTERY: limit}, own), Satellites())
 
 
 def flags(watch: Monitor, points: Columns) -> list[bool]:
     watch.mark(points)
     return [bool(flag) for flag in points.is_anomaly]
+
+
+def advance(watch: Monitor, points: Columns) -> list[Episode]:
+    watch.mark(points)
+    return watch.advance(points, watch.satellites.runs(points))
 
 
 def summary(episode: Episode) -> tuple[int, int, float, float]:
@@ -42,40 +48,40 @@ def summary(episode: Episode) -> tuple[int, int, float, float]:
 
 def test_an_episode_has_onset_peak_severity_and_clear() -> None:
     watch = monitor()
-    (begun,) = watch.advance(columns((1, 50), (2, 15), (3, 14)))
+    (begun,) = advance(watch, columns((1, 50), (2, 15), (3, 14)))
     assert summary(begun) == (WARNING, 2, 0, 14)
-    (worse,) = watch.advance(columns((4, 5), (5, 8), (6, 12)))
+    (worse,) = advance(watch, columns((4, 5), (5, 8), (6, 12)))
     assert worse is begun and summary(worse) == (CRITICAL, 2, 0, 5)
-    (over,) = watch.advance(columns((7, 30)))
+    (over,) = advance(watch, columns((7, 30)))
     assert over is begun and summary(over) == (CRITICAL, 2, 7, 5) and over.points == 5
-    assert watch.advance(columns((8, 30))) == [] and watch.tracks == {}
+    assert advance(watch, columns((8, 30))) == [] and watch.tracks == {}
 
 
 def test_a_state_changes_after_so_many_points_in_a_row() -> None:
     watch = monitor(Limit(critical_below=10, violations=3))
-    assert watch.advance(columns((1, 5), (2, 5), (3, 50), (4, 5), (5, 4))) == []
-    (begun,) = watch.advance(columns((6, 6)))
+    assert advance(watch, columns((1, 5), (2, 5), (3, 50), (4, 5), (5, 4))) == []
+    (begun,) = advance(watch, columns((6, 6)))
     assert summary(begun) == (CRITICAL, 4, 0, 4)
-    assert watch.advance(columns((7, 50), (8, 50), (9, 5), (10, 50), (11, 50))) == []
-    (over,) = watch.advance(columns((12, 50)))
+    assert advance(watch, columns((7, 50), (8, 50), (9, 5), (10, 50), (11, 50))) == []
+    (over,) = advance(watch, columns((12, 50)))
     assert summary(over) == (CRITICAL, 4, 10, 4)
 
 
 def test_hysteresis_keeps_an_episode_in_one_piece() -> None:
     watch = monitor(Limit(critical_below=10, hysteresis=2))
-    changed = watch.advance(columns((1, 9.9), (2, 10.1), (3, 9.9), (4, 11.9), (5, 12.1)))
+    changed = advance(watch, columns((1, 9.9), (2, 10.1), (3, 9.9), (4, 11.9), (5, 12.1)))
     assert [summary(each) for each in changed] == [(CRITICAL, 1, 5, 9.9)] * 2 and changed[0] is changed[1]
 
 
 def test_a_late_point_is_an_anomaly_and_moves_no_state() -> None:
     watch = monitor()
-    watch.advance(columns((10, 50)))
+    advance(watch, columns((10, 50)))
     late = columns((5, 3), (6, 3))
     assert flags(watch, late) == [True, True]
-    assert watch.advance(late) == []
-    (begun,) = watch.advance(columns((11, 3)))
-    assert watch.advance(columns((7, 50), (8, 50))) == [] and not begun.cleared
-    (over,) = watch.advance(columns((12, 50)))
+    assert advance(watch, late) == []
+    (begun,) = advance(watch, columns((11, 3)))
+    assert advance(watch, columns((7, 50), (8, 50))) == [] and not begun.cleared
+    (over,) = advance(watch, columns((12, 50)))
     assert over.cleared == 12 * S
 
 
@@ -88,7 +94,7 @@ def test_every_satellite_has_a_state_and_may_have_limits_of_its_own() -> None:
         np.zeros(6, np.bool_),
     )
     assert flags(watch, points) == [True, False, False, True, True, False]
-    assert [(each.satellite, each.cleared // S) for each in watch.advance(points)] == [
+    assert [(each.satellite, each.cleared // S) for each in advance(watch, points)] == [
         (b"A", 2), (b"A", 2), (b"B", 0), (b"C", 2), (b"C", 2),
     ]  # fmt: skip
 
@@ -96,30 +102,30 @@ def test_every_satellite_has_a_state_and_may_have_limits_of_its_own() -> None:
 def test_a_spike_is_an_anomaly_and_the_way_back_is_none() -> None:
     watch = monitor(Limit(critical_rate=5))
     assert flags(watch, columns((1, 50), (2, 51), (3, 90), (4, 52), (5, 53))) == [False, False, True, False, False]
-    watch.advance(columns((1, 50), (2, 51)))
+    advance(watch, columns((1, 50), (2, 51)))
     split = columns((3, 90))  # the reading before it came in another transaction
     assert flags(watch, split) == [True] and flags(watch, split) == [True], "marking changes nothing"
-    (begun,) = watch.advance(split)
+    (begun,) = advance(watch, split)
     assert (begun.kind, begun.peak, begun.limit) == ("rate", 90, 5)
     after = columns((4, 52))
     assert flags(watch, after) == [False]
-    assert [each.cleared for each in watch.advance(after)] == [4 * S]
+    assert [each.cleared for each in advance(watch, after)] == [4 * S]
     # A step that stays is taken for the truth once the rate to it is possible.
     assert flags(watch, columns((5, 72), (6, 72), (7, 72), (8, 72))) == [True, True, True, False]
 
 
 def test_channels_that_points_lack_break_nothing() -> None:
-    watch = Monitor(Limits({BATTERY: PLAIN, STORAGE: Limit(critical_above=5, critical_rate=1)}))
-    (begun,) = watch.advance(columns((1, 5), (2, np.nan), (3, 5)))
+    watch = Monitor(Limits({BATTERY: PLAIN, STORAGE: Limit(critical_above=5, critical_rate=1)}), Satellites())
+    (begun,) = advance(watch, columns((1, 5), (2, np.nan), (3, 5)))
     assert begun.points == 2 and not begun.cleared
 
 
 def test_an_episode_of_an_earlier_writer_goes_on() -> None:
     watch = monitor()
     watch.resume(Episode(b"A", BATTERY, "below", CRITICAL, 5 * S, 3.0, 6 * S, 10.0, 4))
-    assert watch.advance(columns((4, 50))) == [], "before its onset"
-    assert watch.advance(columns((7, 4))) == []
-    (over,) = watch.advance(columns((8, 50)))
+    assert advance(watch, columns((4, 50))) == [], "before its onset"
+    assert advance(watch, columns((7, 4))) == []
+    (over,) = advance(watch, columns((8, 50)))
     assert summary(over) == (CRITICAL, 5, 8, 3.0) and over.points == 5
 
 
@@ -132,12 +138,12 @@ def test_how_points_are_cut_into_transactions_changes_nothing(
     cut = data.draw(st.integers(0, len(points)))
     whole, parts = monitor(limit), monitor(limit)
     at_once = columns(*points)
-    expected = flags(whole, at_once), [summary(each) for each in whole.advance(at_once)]
+    expected = flags(whole, at_once), [summary(each) for each in advance(whole, at_once)]
     marked, changed = [], []
     for part in (points[:cut], points[cut:]):
         if part:
             marked += flags(parts, columns(*part))
-            changed += parts.advance(columns(*part))
+            changed += advance(parts, columns(*part))
     assert (marked, [summary(each) for each in changed]) == expected
 
 
@@ -147,6 +153,6 @@ def test_any_number_of_satellites_is_followed(count: int) -> None:
     ids = np.array([b"S%05d" % number for number in range(count)])
     for second, value in ((1, 50.0), (2, 5.0), (3, 50.0)):
         points = Columns(np.full(count, second * S), ids, {BATTERY: np.full(count, value)}, np.zeros(count, np.bool_))
-        changed = watch.advance(points)
+        changed = advance(watch, points)
         assert len(changed) == (0 if second == 1 else count)
     assert {each.cleared for each in changed} == {3 * S}

@@ -35,7 +35,7 @@ def test_the_default_limits_are_the_three_thresholds(
         values={name: np.array([value], np.float64) for name, value in values.items()},
         is_anomaly=np.zeros(1, np.bool_),
     )
-    assert [flags.tolist() for flags in DEFAULT.beyond(columns)] == [[anomaly], [anomaly]]
+    assert (DEFAULT.critical(columns).tolist(), DEFAULT.warning(columns).tolist()) == ([anomaly], [False])
 
 
 @pytest.mark.parametrize(
