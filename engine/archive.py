@@ -209,21 +209,23 @@ def restore(
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ArchiveError(f"{folder} holds no finished export: {error}") from error
+        export = uuid.UUID(manifest["export"])
+        files = [(entry["file"], entry["rows"], int(entry["checksum"])) for entry in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArchiveError(f"{folder} holds no finished export: {error!r}") from error
     stored = before = 0
     columnstore = Columnstore(connection)
-    for entry in manifest["files"]:
-        path, lane = folder / entry["file"], uuid.uuid5(uuid.UUID(manifest["export"]), entry["file"])
+    for name, rows, checksum in files:
+        path = folder / name
         try:
-            sound = _file_checksum(path) == (entry["rows"], int(entry["checksum"]))
+            sound = _file_checksum(path) == (rows, checksum)
         except (OSError, pa.ArrowException) as error:
             raise ArchiveError(f"{path} cannot be read: {error}") from error
         if not sound:
             raise ArchiveError(f"{path} is not what was exported: its rows or checksum differ from {MANIFEST}")
-        now = _restore_file(connection, path, lane, columnstore, beside)
-        say(f"{entry['file']}: {now} points stored, {entry['rows'] - now} were there")
-        stored, before = stored + now, before + entry["rows"] - now
+        now = _restore_file(connection, path, uuid.uuid5(export, name), columnstore, beside)
+        say(f"{name}: {now} points stored, {rows - now} were there")
+        stored, before = stored + now, before + rows - now
     return stored, before
 
 

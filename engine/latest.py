@@ -1,9 +1,9 @@
 """The newest point of each satellite, kept beside the points: coalesced, and never in their transactions.
 
 A writer sees its points sorted by satellite and time anyway, so it keeps the last of each in arrays, by the number of
-the satellite, and now and then puts what changed into `satellite_latest`, in slices, for a small share of its time: with
-a thousand satellites each second, with a hundred thousand every half minute or so. A writer that is killed forgets what
-it had not put there yet: the next point of the satellite mends it.
+the satellite, and now and then puts what changed into `satellite_latest`, in slices, for a small share of its time:
+with a thousand satellites each second, with a hundred thousand every half minute or so. A writer that is killed forgets
+what it had not put there yet: the next point of the satellite mends it.
 """
 
 from __future__ import annotations
