@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import time
@@ -204,10 +205,14 @@ def measure(connection: psycopg.Connection[Any], repeat: int, end: datetime) -> 
         times: dict[str, list[float]] = {name: [] for name in ways}
         answers = {}
         begun = time.perf_counter()
-        for turn in range(5 * repeat + 1):  # the first warms the caches; then in turns, so that a slow minute hits all
+        # The first turn warms the caches. Then in turns, so that a slow minute hits all, each time beginning with
+        # another one: what follows a query of seconds finds the processor's caches cold.
+        order = list(ways.items())
+        for turn in range(5 * repeat + 1):
             if turn > repeat and time.perf_counter() - begun > repeat:
                 break
-            for name, query in ways.items():
+            random.Random(turn).shuffle(order)
+            for name, query in order:
                 asked = time.perf_counter()
                 answers[name] = connection.execute(query.encode(), prepare=False).fetchall()
                 times[name].append((time.perf_counter() - asked) * 1000)
