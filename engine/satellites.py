@@ -2,7 +2,8 @@
 
 A dictionary costs a lookup for every id, and where a hundred thousand satellites have one point each in a transaction
 that is most of what a writer does. Given that, ids are looked at as columns of 64-bit words: a table has for each hash
-the satellite that was looked for last, whose words say whether it is this one. The dictionary answers for the rest.
+the satellite that was met last of those that share it, whose words say whether it is this one. The dictionary answers
+for the rest. All of it grows with the fleet, by some 300 bytes a satellite, until the writer ends.
 """
 
 from __future__ import annotations
