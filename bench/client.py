@@ -68,7 +68,7 @@ def _await(port: int, server: subprocess.Popen[bytes]) -> None:
         except OSError as error:
             if server.poll() is not None or time.monotonic() > deadline:
                 raise rig.RigError(f"nginx does not answer on port {port}: {error}") from error
-            time.sleep(0.05)
+            time.sleep(0.05)  # nothing tells when nginx listens; until the deadline above
 
 
 def measure(url: str, flags: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:

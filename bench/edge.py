@@ -90,7 +90,7 @@ def measure(case: str, dsn: str, options: argparse.Namespace, *, rate: float | N
                 while (stored := _stored(connection)) < accepted:
                     if time.monotonic() - begun > 60:
                         raise rig.RigError(f"{accepted - stored} points of {accepted} were not stored after 60 s")
-                    time.sleep(0.1)
+                    time.sleep(0.1)  # a count is a query: often enough for a figure in tenths
                 found["drained_after_s"] = round(time.monotonic() - begun, 2)
                 return found
     finally:

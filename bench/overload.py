@@ -73,14 +73,14 @@ def overload(
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(rig.simulate, url, trial.load_flags(rate, options))
         while watched.lanes()[0] == before[0] and not sending.done():
-            time.sleep(0.01)
+            time.sleep(0.01)  # the lanes' headers are polled; ends with the load
         begun = next_look = time.monotonic()
         while (now := watched.lanes())[2] == before[2] and not sending.done():
             if time.monotonic() >= next_look:
                 until = watched.board("capacity / 5 Seconds until full")["until full"]
                 said.append((time.monotonic() - begun, until))
                 next_look += 1.0
-            time.sleep(0.02)
+            time.sleep(0.02)  # the same
         full = time.monotonic() - begun
         refused = now[2] > before[2]
         grown = watched.sample()

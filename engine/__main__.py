@@ -239,7 +239,7 @@ def _migrate(config: Settings, options: argparse.Namespace) -> int:
                     log.error("%s", error)
                     return supervisor.MIGRATION_FAILED
                 raise
-            time.sleep(pause)
+            time.sleep(pause)  # backs off while the database is away; a signal ends it
             pause = min(2 * pause, supervisor.MAX_BACKOFF_S)
 
 

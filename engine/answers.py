@@ -61,5 +61,5 @@ def _settles(receipt: Receipt, wait_s: int) -> bool:
     while not receipt.settled:
         if receipt.given_up or time.monotonic() >= deadline:
             return False
-        time.sleep(POLL_S)
+        time.sleep(POLL_S)  # a thread of its own, that nothing wakes; until wait_s
     return True

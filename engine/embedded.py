@@ -194,7 +194,7 @@ class EmbeddedPostgres:
             last_words = home.last_words(said_before)
             if ORPHANS_COMPLAINT not in last_words or time.monotonic() > deadline:
                 raise EmbeddedError(f"PostgreSQL {chosen.version} ended while starting: {last_words}")
-            time.sleep(0.1)
+            time.sleep(0.1)  # until the orphans of the last server are gone, or the deadline
 
     def _wait_ready(self, progress: Callable[[str], None]) -> bool:
         """Return True when the server takes connections, False when it has ended."""
@@ -223,7 +223,7 @@ class EmbeddedPostgres:
             if not self._ended():
                 os.kill(self.postmaster_pid, signum)
             while not self._ended() and time.monotonic() < deadline:
-                time.sleep(0.01)
+                time.sleep(0.01)  # it may be no child of ours: only polling tells that it ended
         if not self._ended():
             raise EmbeddedError(f"PostgreSQL (process {self.postmaster_pid}) does not end: see {self._home.log}")
         self.postmaster_pid, self._process = 0, None

@@ -171,7 +171,7 @@ def _claim(path: Path) -> tuple[Consumer, lanes.Lock]:
             return claimed
         if time.monotonic() > deadline:
             raise OperateError(f"{path.name} is being drained by a writer: only a stopped lane is resumed")
-        time.sleep(0.05)
+        time.sleep(0.05)  # flock has no time-out; a writer lets go within a scan
 
 
 def dead_letters_command(config: Settings, options: argparse.Namespace) -> int:

@@ -109,7 +109,7 @@ def _await_ready(service: subprocess.Popen[bytes], port_file: Path) -> str:
             with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return url
-        time.sleep(0.05)
+        time.sleep(0.05)  # until the service answers, ends or the time is over
     raise RigError(f"the service is not healthy after {READY_S:.0f} s")
 
 
