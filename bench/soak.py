@@ -82,7 +82,7 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
         migrate.migrate(settings.load({}), server.dsn, lambda message: None)
         overrides = rig.overrides(server.dsn, lane_dir, options.workers, options.writers)
         knee = options.rate / KNEE_SHARE if options.rate else find_knee(server.dsn, lane_dir, overrides, options)
-        sent_log = lane_dir / "sent.parquet"
+        sent_log = home / "sent.parquet"  # gigabytes: not into memory
         with psycopg.connect(server.dsn, autocommit=True) as connection:
             connection.execute("TRUNCATE telemetry")
         with rig.service(overrides, lane_dir) as (service, url):
@@ -98,6 +98,7 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
             env={**os.environ, **overrides}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         with psycopg.connect(server.dsn, autocommit=True) as connection:
+            rig.say("soak", f"comparing {report['sent']:,} points sent with what is stored")
             comparison = compare(sent_log, connection)
     lanes = json.loads(verify.stdout)["lanes"]
     return {

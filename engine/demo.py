@@ -13,32 +13,39 @@ import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import psycopg
+from psycopg import sql
 
 from engine import heartbeat, rig
 from engine.rig import RigError
 from engine.settings import Settings
 
 if TYPE_CHECKING:  # imported where it is used: 20 MB that a supervisor has no need of
+    from datetime import datetime
+
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 SHOWN_KEYS: Final = 10
+# Bounds the memory of a comparison to about 1 GB, whatever the length of the run.
+SLICE_POINTS: Final = 1 << 22
 
 
 @dataclass(slots=True)
 class Comparison:
     """The set sent against the set stored. Keys are (satellite_id, time)."""
 
-    sent: int
-    accepted: int
-    committed: int
-    lost: int
-    duplicated: int
-    invented: int
+    sent: int = 0
+    accepted: int = 0
+    committed: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    invented: int = 0
     first_keys: list[str] = field(default_factory=list)
 
     @property
@@ -47,20 +54,38 @@ class Comparison:
 
 
 def compare(sent_log: Path, connection: psycopg.Connection[Any]) -> Comparison:
-    """Compare the simulator's log with the table.
+    """Compare the simulator's log with the table, one slice of time after the other.
 
     Accepted points must be stored exactly once, points of unknown outcome at most once, refused ones not at all, and
     nothing may be stored that was not sent.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    sent = pq.read_table(sent_log).select(["satellite_id", "time", "outcome"])
-    sent = sent.set_column(0, "satellite_id", sent["satellite_id"].cast(pa.string()))
-    sent = sent.set_column(1, "time", sent["time"].cast(pa.int64()))
-    sent = sent.set_column(2, "outcome", sent["outcome"].cast(pa.string()))
-    stored = _stored(connection).group_by(["satellite_id", "time"]).aggregate([([], "count_all")])
+    found = Comparison()
+    for begin, end in pairwise(_bounds(pq.ParquetFile(sent_log).metadata)):
+        _add_slice(found, _sent(sent_log, begin, end), _stored(connection, begin, end))
+    return found
+
+
+def _bounds(log: pq.FileMetaData) -> list[datetime | None]:
+    """Cut all time into slices of about SLICE_POINTS sent; the log is nearly sorted, its groups tell where."""
+    column = log.schema.to_arrow_schema().get_field_index("time")
+    groups = [log.row_group(number) for number in range(log.num_row_groups)]
+    cuts: list[datetime | None] = []
+    points = 0
+    for earliest, group in sorted((group.column(column).statistics.min, group.num_rows) for group in groups):
+        if points >= SLICE_POINTS:
+            cuts.append(earliest)
+            points = 0
+        points += group
+    return [None, *cuts, None]
+
+
+def _add_slice(found: Comparison, sent: pa.Table, stored: pa.Table) -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    stored = stored.group_by(["satellite_id", "time"]).aggregate([([], "count_all")])
     joined = sent.join(stored, ["satellite_id", "time"], join_type="full outer")
     rows = pc.fill_null(joined["count_all"], 0)
     outcome = pc.fill_null(joined["outcome"], "never sent")
@@ -68,35 +93,53 @@ def compare(sent_log: Path, connection: psycopg.Connection[Any]) -> Comparison:
     lost = pc.and_(accepted, pc.equal(rows, 0))
     duplicated = pc.greater(rows, 1)
     unexpected = pc.and_(pc.is_in(outcome, pa.array(["refused", "never sent"])), pc.greater(rows, 0))
-    wrong = joined.filter(pc.or_(pc.or_(lost, duplicated), unexpected)).slice(0, SHOWN_KEYS)
-    keys = [
+    wrong = joined.filter(pc.or_(pc.or_(lost, duplicated), unexpected)).slice(0, SHOWN_KEYS - len(found.first_keys))
+    found.first_keys += [
         f"{row['satellite_id']} {np.datetime64(row['time'], 'us')}Z: {row['outcome'] or 'never sent'}, "
         f"{row['count_all'] or 0} rows"
         for row in wrong.to_pylist()
     ]
-    return Comparison(
-        sent=len(sent),
-        accepted=_count(accepted),
-        committed=int(pc.sum(rows).as_py() or 0),
-        lost=_count(lost),
-        duplicated=_count(duplicated),
-        invented=_count(unexpected),
-        first_keys=keys,
-    )
+    found.sent += len(sent)
+    found.accepted += _count(accepted)
+    found.committed += int(pc.sum(rows).as_py() or 0)
+    found.lost += _count(lost)
+    found.duplicated += _count(duplicated)
+    found.invented += _count(unexpected)
 
 
 def _count(mask: Any) -> int:
     return int(mask.cast("int64").to_numpy().sum())
 
 
-def _stored(connection: psycopg.Connection[Any]) -> pa.Table:
-    """Read the keys of all rows."""
+def _sent(sent_log: Path, begin: datetime | None, end: datetime | None) -> pa.Table:
+    """Read the keys and outcomes of what was sent for a slice of time."""
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    inside = pa.compute.scalar(True)
+    if begin is not None:
+        inside &= ds.field("time") >= begin
+    if end is not None:
+        inside &= ds.field("time") < end
+    keys = {
+        "satellite_id": ds.field("satellite_id").cast(pa.string()),
+        "time": ds.field("time").cast(pa.int64()),
+        "outcome": ds.field("outcome").cast(pa.string()),
+    }
+    return ds.dataset(sent_log).to_table(keys, inside)
+
+
+def _stored(connection: psycopg.Connection[Any], begin: datetime | None, end: datetime | None) -> pa.Table:
+    """Read the keys of the rows in a slice of time."""
     import pyarrow as pa
     import pyarrow.csv
 
+    keys = sql.SQL(
+        "COPY (SELECT (extract(epoch FROM time) * 1000000)::bigint, satellite_id FROM telemetry"
+        " WHERE time >= {} AND time < {}) TO STDOUT (FORMAT CSV)"
+    ).format(begin or "-infinity", end or "infinity")
     with tempfile.TemporaryFile() as spool:
-        keys = "SELECT (extract(epoch FROM time) * 1000000)::bigint, satellite_id FROM telemetry"
-        with connection.cursor().copy(f"COPY ({keys}) TO STDOUT (FORMAT CSV)") as copy:
+        with connection.cursor().copy(keys) as copy:
             for block in copy:
                 spool.write(block)
         if spool.tell() == 0:
