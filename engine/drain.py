@@ -10,6 +10,7 @@ Knows nothing of files or shared memory: a lane is a source of records with posi
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
@@ -221,7 +222,13 @@ def drain(
         cursor.execute("ROLLBACK")
         return None
     end = records[-1].end
-    flush = _Transaction(cursor, lane, beat, mark, columnstore).settle(records, careful=careful)
+    try:
+        flush = _Transaction(cursor, lane, beat, mark, columnstore).settle(records, careful=careful)
+    except BaseException as error:  # a lane of which its traceback holds views could not be closed
+        traceback.clear_frames(error.__traceback__)
+        for record in records:
+            record.payload.release()
+        raise
     after = Progress(
         end,
         progress.committed + flush.committed,
@@ -287,6 +294,7 @@ class _Transaction:
 
     def _copy_or_refuse(self, columns: Columns, received: Times) -> bool:
         """COPY sorted rows, where it pays straight into the columnstore; tell whether they went there."""
+        self.mark(columns)
         asked = self.columnstore.begin(self.cursor, len(columns))
         try:
             self._copy(columns, received)
@@ -297,7 +305,6 @@ class _Transaction:
 
     def _copy(self, columns: Columns, received: Times) -> None:
         self.beat()
-        self.mark(columns)
         statement = sql.SQL("COPY telemetry ({}) FROM STDIN (FORMAT BINARY)").format(
             sql.SQL(", ").join(map(sql.Identifier, copy_format.column_names(columns)))
         )
@@ -315,17 +322,29 @@ class _Transaction:
 
     def _store_carefully(self, records: Sequence[SourceRecord]) -> list[tuple[Columns, Times]]:
         """COPY records under savepoints, halving what is refused down to the point, and set that point aside."""
-        stored = []
-        for record in records:
-            stored += self._halve(record, *_sorted(*self._columns([record])))
-        return stored
+        parts = [_sorted(*self._columns([record])) for record in records]
+        if parts:
+            self._mark_together([columns for columns, _ in parts])
+        return [stored for record, part in zip(records, parts, strict=True) for stored in self._halve(record, *part)]
+
+    def _mark_together(self, parts: Sequence[Columns]) -> None:
+        """Mark the points of many records as if they were stored at once: a spike is one beside its neighbours."""
+        whole = rows.concatenate(parts)
+        order = copy_format.order(whole)
+        whole = copy_format.take(whole, order)
+        self.mark(whole)
+        flags = np.empty(len(order), np.bool_)
+        flags[order] = whole.is_anomaly
+        for part, cut in zip(parts, np.split(flags, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
+            part.is_anomaly = cut
 
     def _halve(self, record: SourceRecord, columns: Columns, received: Times) -> list[tuple[Columns, Times]]:
         self.cursor.execute("SAVEPOINT careful")
         try:
             self._copy(columns, received)
         except (psycopg.DataError, psycopg.IntegrityError) as error:
-            self.cursor.execute("ROLLBACK TO SAVEPOINT careful")
+            # Without the release each refused point would hold a lock to the end, and thousands all that there are.
+            self.cursor.execute("ROLLBACK TO SAVEPOINT careful; RELEASE SAVEPOINT careful")
             if len(columns) == 1:
                 cause = Cause(dead_letters.REFUSED, error.sqlstate, " ".join(str(error).split())[:500])
                 self._insert(record, cause, columns, received)

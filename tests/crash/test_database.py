@@ -182,3 +182,61 @@ def test_a_poison_point_is_set_aside_and_the_rest_lands(service: Service) -> Non
     assert service.run("dead-letters", "purge").stdout == "purged 4 dead letters\n"
     assert service.run("dead-letters", "list").stdout == "no dead letters\n"
     report("points that the database refuses", hits=4, accepted=506)
+
+
+def test_many_refused_points_take_no_locks_with_them(service: Service) -> None:
+    """A savepoint holds a lock as long as it is there, and the server has some thousands of them for all."""
+    service.start()
+    batch = [{**POINT, "satellite_id": f"{'GOOD' if number % 2 else 'BAD'}-{number}"} for number in range(800)]
+    locks = (
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        " WHERE locktype = 'transactionid' AND application_name LIKE 'orbitstream-writer-%'"
+    )
+    with psycopg.connect(service.database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE telemetry ADD CHECK (satellite_id NOT LIKE 'BAD%')")
+        assert service.post("/telemetry/batch", batch)[0] == 202
+        held: list[int] = []
+        deadline = time.monotonic() + 30
+        while connection.execute("SELECT count(*) FROM dead_letter").fetchall() != [(400,)]:
+            held += [count for (count,) in connection.execute(locks.encode()).fetchall()]
+            assert time.monotonic() < deadline, held
+    assert 0 < max(held) <= 3, "the transaction was seen at work, and held its own lock and a savepoint's"
+    assert service.count() == 400
+
+
+def test_a_lane_that_the_database_refuses_is_stopped_and_its_writer_goes_on(service: Service) -> None:
+    service.start()
+    arrange_faults(service, {"POISON": "23514"})
+    with psycopg.connect(service.database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE dead_letter RENAME TO away")
+    writers = service.writers()
+    assert service.post("/telemetry", {**POINT, "satellite_id": "POISON"}, {"Idempotency-Key": "one"})[0] == 202
+    eventually(lambda: "is stopped, its points are kept: the database refuses it (42P01)" in service.output(), 20)
+    eventually(lambda: service.get("/health")[1]["stopped_lanes"] == 1, 10)
+    assert service.writers() == writers, "the writer did not fall over the lane"
+    with psycopg.connect(service.database, autocommit=True) as connection:
+        connection.execute("ALTER TABLE away RENAME TO dead_letter")
+    assert service.stop() == 0
+    service.start()
+    eventually(lambda: service.query("SELECT count(*) FROM dead_letter") == [(1,)], 20)
+
+
+def test_a_spike_is_marked_also_beside_a_refused_point(service: Service, tmp_path: Path) -> None:
+    limits = tmp_path / "limits.toml"
+    limits.write_text("[channels.battery_charge_percent]\ncritical_rate = 10\n")
+    service.start(ORBITSTREAM_LIMITS_FILE=str(limits), ORBITSTREAM_WORKERS="1", BATCH_TIMEOUT="1s", BATCH_SIZE="1000")
+    arrange_faults(service, {"POISON": "23514"})
+    begun = datetime.now(UTC) - timedelta(minutes=10)
+
+    def post(second: int, battery: float, name: str = "A") -> None:
+        point = {**POINT, "satellite_id": name, "battery_charge_percent": battery}
+        moment = (begun + timedelta(seconds=second)).isoformat()
+        assert service.post("/telemetry", {**point, "timestamp": moment})[0] == 202
+
+    post(0, 20)
+    eventually(lambda: service.count() == 1)
+    for second, battery, name in ((100, 20, "A"), (0, 50, "POISON"), (102, 90, "A")):
+        post(second, battery, name)
+    eventually(lambda: service.count() == 3)
+    marked = service.query("SELECT battery_charge_percent FROM telemetry WHERE is_anomaly")
+    assert marked == [(90.0,)], "more than 10 a second since the point before, which came in another request"
