@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.limits import CRITICAL, NOMINAL, WARNING, Limit, Limits
-from engine.rows import Columns
-from engine.satellites import Runs, Satellites, extended
+from engine.rows import Columns, Floats
+from engine.satellites import Places, Runs, Satellites, extended
 
 RATE_WITHIN_US: Final = 600_000_000
 """Readings further apart say nothing of a rate of change."""
@@ -186,12 +186,14 @@ class Monitor:
             column = columns.values.get(channel)
             if column is None:
                 continue
-            then, was = np.empty(len(column), np.int64), np.empty(len(column))
-            then[1:], was[1:] = columns.time[:-1], column[:-1]
-            then[found.begins] = self._then[channel][found.numbers]
-            was[found.begins] = self._was[channel][found.numbers]
-            steep = np.abs(column - was) > rate / 1e6 * (columns.time - then)
-            for index in found.holding(steep):
+            there, runs = _readings(column, found)
+            first = np.append(-1, runs[:-1]) != runs
+            values, times, numbers = column[there], columns.time[there], found.numbers[runs[first]]
+            then, was = np.empty_like(times), np.empty_like(values)
+            then[1:], was[1:] = times[:-1], values[:-1]
+            then[first], was[first] = self._then[channel][numbers], self._was[channel][numbers]
+            steep = np.abs(values - was) > rate / 1e6 * (times - then)
+            for index in np.unique(runs[steep]).tolist():
                 candidates.setdefault(index, []).append(channel)
         return candidates
 
@@ -223,20 +225,28 @@ class Monitor:
         """Keep the newest reading of every satellite that was no spike."""
         if not self.limits.rates:
             return
-        last = found.ends - 1
         for channel in self.limits.rates:
             column = columns.values.get(channel)
             if column is None:
                 continue
             kept = [(index, self._spikes(columns, found, index, channel)[1])
                     for index, channels in spiky.items() if channel in channels]  # fmt: skip
-            newer = ~np.isnan(column[last]) & (columns.time[last] > self._then[channel][found.numbers])
-            newer[[index for index, _ in kept]] = False
-            numbers = found.numbers[newer]
-            self._then[channel][numbers], self._was[channel][numbers] = columns.time[last[newer]], column[last[newer]]
+            there, runs = _readings(column, found)
+            last = np.append(runs[1:], -1) != runs
+            there, runs = there[last], runs[last]
+            newer = columns.time[there] > self._then[channel][found.numbers[runs]]
+            newer &= ~np.isin(runs, [index for index, _ in kept])
+            there, numbers = there[newer], found.numbers[runs[newer]]
+            self._then[channel][numbers], self._was[channel][numbers] = columns.time[there], column[there]
             for index, (then, was) in kept:
                 number = found.numbers[index]
                 self._then[channel][number], self._was[channel][number] = then, was
+
+
+def _readings(column: Floats, found: Runs) -> tuple[Places, Places]:
+    """Return the rows that have a value, and the run that each of them belongs to, by index."""
+    there = (~np.isnan(column)).nonzero()[0]
+    return there, np.repeat(np.arange(len(found.begins)), found.ends - found.begins)[there]
 
 
 def _follow(

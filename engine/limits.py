@@ -163,6 +163,8 @@ def _read(path: Path, fleet: Mapping[str, Limit]) -> Limits:
     channels = dict(fleet)
     for name, given in _tables(path, document.get("channels", {}), "channels"):
         channels[name] = _limit(path, f"channels.{name}", given, channels.get(name, Limit()))
+    if not isinstance(document.get("satellites", {}), dict):
+        raise LimitsError(f"{path}: satellites must be a table")
     satellites: dict[bytes, dict[str, Limit]] = {}
     for satellite, own in document.get("satellites", {}).items():
         where = f"satellites.{satellite}"

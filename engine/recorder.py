@@ -69,6 +69,10 @@ _CLOSE: Final = """
         SELECT FROM closed
         WHERE closed.satellite_id = over.satellite_id AND closed.channel = over.channel AND closed.onset = over.onset
     )"""
+_FORGET: Final = (
+    "UPDATE anomaly_event SET cleared_at = greatest(onset, peak_at) WHERE cleared_at IS NULL"
+    " AND (satellite_id, channel) IN (SELECT * FROM unnest(%s::text[], %s::text[]))"
+)
 
 log = logging.getLogger("orbitstream.writer")
 
@@ -115,7 +119,8 @@ class Recorder:
             log.warning("no stats and episodes for %.0f s: %s", REST_S, " ".join(str(error).split())[:300])
 
     def lasting(self, connection: psycopg.Connection[Any]) -> list[Episode]:
-        """Return the episodes that the database knows as not over; none when it cannot tell."""
+        """Return the episodes that neither the database nor this writer knows as over; none when it cannot tell."""
+        over = {(each.satellite, each.channel) for each in self._episodes.values() if each.cleared}
         try:
             found = connection.execute(
                 "SELECT satellite_id, channel, kind, severity, (extract(epoch FROM onset) * 1000000)::bigint, peak,"
@@ -129,7 +134,18 @@ class Recorder:
         return [
             Episode(satellite.encode(), channel, kind, SEVERITIES.index(severity), *rest)
             for satellite, channel, kind, severity, *rest in found
+            if (satellite.encode(), channel) not in over
         ]
+
+    def forget(self, connection: psycopg.Connection[Any], episodes: list[Episode]) -> None:
+        """End episodes of which nothing more will be seen, where their peak was."""
+        if not episodes:
+            return
+        satellites, channels = [each.satellite.decode() for each in episodes], [each.channel for each in episodes]
+        try:
+            connection.execute(_FORGET, [satellites, channels])
+        except psycopg.Error as error:
+            log.warning("episodes without a limit stay open: %s", " ".join(str(error).split())[:300])
 
     def _store_stats(self, connection: psycopg.Connection[Any]) -> None:
         sample = stats.take(self._folder)

@@ -178,9 +178,18 @@ class Writer:
         self.beat.enter(State.CONNECTED)
         log.info("connected to %s", edition)
         self.compare_archive(self.connection)
-        for episode in self.recorder.lasting(self.connection):
-            self.monitor.resume(episode)
+        self.resume_episodes(self.connection)
         return True
+
+    def resume_episodes(self, connection: Connection) -> None:
+        """Go on with the episodes that an earlier writer left open; end those of a limit that is there no more."""
+        forgotten = []
+        for episode in self.recorder.lasting(connection):
+            if episode.channel in self.monitor.limits.of(episode.satellite):
+                self.monitor.resume(episode)
+            else:
+                forgotten.append(episode)
+        self.recorder.forget(connection, forgotten)
 
     def disconnect(self) -> None:
         if self.connection is not None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from engine import migrate, settings
+from engine.episodes import Episode
+from engine.limits import CRITICAL
+from engine.recorder import Recorder
 from tests.service import POINT, Service, eventually, kill
 
 BEGUN = datetime.now(UTC) - timedelta(minutes=10)
@@ -52,3 +57,36 @@ def test_an_episode_is_one_row_over_workers_writers_and_their_death(
     ]  # fmt: skip
     assert "anomaly satellite_id=A battery_charge_percent=90 severity=critical rate=10" in service.output()
     assert service.stop() == 0
+
+
+def test_an_episode_whose_limit_is_gone_ends_at_its_peak(service: Service, tmp_path: Path) -> None:
+    limits = tmp_path / "limits.toml"
+    limits.write_text("[channels.temperature_c]\ncritical_above = 40\n")
+    service.start(ORBITSTREAM_LIMITS_FILE=str(limits))
+    for second, temperature in ((1, 41), (2, 45), (3, 43)):
+        moment = (BEGUN + timedelta(seconds=second)).isoformat()
+        point = {**POINT, "timestamp": moment, "temperature_c": temperature}
+        assert service.post("/telemetry", point)[0] == 202
+    post(service, 4, 3)
+    eventually(lambda: len(episodes(service)) == 2, what="an episode of each channel")
+    assert service.stop() == 0
+    service.start()
+    ended = "SELECT channel, cleared_at = peak_at FROM anomaly_event WHERE cleared_at IS NOT NULL"
+    eventually(lambda: service.query(ended) == [("temperature_c", True)], what="the end of one episode only")
+
+
+def test_what_a_writer_saw_end_is_not_taken_up_again(database: str, tmp_path: Path) -> None:
+    migrate.migrate(settings.load({}), database, lambda message: None)
+    recorder = Recorder(tmp_path, "node", stats=False)
+    episode = Episode(b"A", "battery_charge_percent", "below", CRITICAL, 1_000_000, 5.0, 1_000_000, 10.0)
+    with psycopg.connect(database, autocommit=True) as connection:
+        recorder.add([episode])
+        recorder.tick(10.0, connection)
+        (lasting,) = recorder.lasting(connection)
+        assert (lasting.satellite, lasting.onset) == (b"A", 1_000_000)
+        episode.cleared = 2_000_000
+        recorder.add([episode])  # to be told to the database, which still has it open, with the next tick
+        assert recorder.lasting(connection) == []
+        recorder.tick(20.0, connection)
+        assert recorder.lasting(connection) == []
+        assert connection.execute("SELECT count(*) FROM anomaly_event").fetchall() == [(1,)]

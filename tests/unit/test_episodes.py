@@ -114,6 +114,15 @@ def test_a_spike_is_an_anomaly_and_the_way_back_is_none() -> None:
     assert flags(watch, columns((5, 72), (6, 72), (7, 72), (8, 72))) == [True, True, True, False]
 
 
+def test_a_gap_hides_no_spike() -> None:
+    watch, gap = monitor(Limit(critical_rate=5)), np.nan
+    assert flags(watch, columns((1, gap), (2, 20), (3, gap), (4, 90))) == [False, False, False, True]
+    advance(watch, columns((1, gap), (2, 20), (3, gap)))
+    (begun,) = advance(watch, columns((4, gap), (5, 90), (6, gap)))
+    assert (begun.kind, begun.onset) == ("rate", 5 * S)
+    assert flags(watch, columns((7, gap))) == [False]
+
+
 def test_channels_that_points_lack_break_nothing() -> None:
     watch = Monitor(Limits({BATTERY: PLAIN, STORAGE: Limit(critical_above=5, critical_rate=1)}), Satellites())
     (begun,) = advance(watch, columns((1, 5), (2, np.nan), (3, 5)))
@@ -129,7 +138,12 @@ def test_an_episode_of_an_earlier_writer_goes_on() -> None:
     assert summary(over) == (CRITICAL, 5, 8, 3.0) and over.points == 5
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.integers(1, 4), st.floats(0, 5), st.data())
+@given(
+    st.lists(st.floats(0, 100) | st.just(np.nan), min_size=1, max_size=40),
+    st.integers(1, 4),
+    st.floats(0, 5),
+    st.data(),
+)
 def test_how_points_are_cut_into_transactions_changes_nothing(
     values: list[float], violations: int, hysteresis: float, data: st.DataObject
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_file_changes_what_it_names_and_satellites_inherit(tmp_path: Path) -> 
         ("[channels.latitude]\nhysteresis = -1\n", "must not be negative"),
         ("[channels.latitude]\ncritical_below = 5\nwarning_above = 4\n", "leaves no value in order"),
         ("[satellites.A]\nlatitude = 3\n", "must be a table"),
+        ("satellites = 3\n", "satellites must be a table"),
     ],
 )
 def test_a_bad_file_is_told_in_one_line(text: str, says: str, tmp_path: Path) -> None:
