@@ -27,7 +27,7 @@ from typing import Final
 from engine.consumer import Consumer, SealedConsumer
 from engine.failpoints import ARMED, hit
 from engine.producer import Producer
-from engine.ring import Lane, LaneError, boot_id, create, whole_pages
+from engine.ring import RESUMED, Lane, LaneError, boot_id, create, whole_pages
 
 MAX_LANES: Final = 1000
 ARCHIVE: Final = "archive"
@@ -158,8 +158,12 @@ def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool 
         lock = Lock(path.with_suffix(".producer"))
         if not lock.acquire():
             continue
-        if not path.exists():
-            _create(path, capacity, layout, boot)
+        try:
+            if not path.exists():
+                _create(path, capacity, layout, boot)
+        except BaseException:
+            lock.release()
+            raise
         try:
             producer = _adopt(Lane(path), boot, layout, capacity, durable=durable)
         except (OSError, LaneError) as error:
@@ -227,6 +231,8 @@ def retire(consumer: Consumer, layout: bytes) -> bool:
     try:
         if not sealed and lane.head != lane.tail:
             return False
+        if lane.tail <= consumer.end:  # all there was is drained: from now on the database may go back again
+            lane.words[RESUMED] = 0
         archive = lane.path.parent / ARCHIVE
         archive.mkdir(mode=0o700, exist_ok=True)
         archived = archive / f"{lane.uuid}.ring"
