@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import psycopg
 
-from bench.panels import scratch
-from engine import heartbeat, limits, migrate, rig, settings
+from engine import heartbeat, limits, migrate, rig, settings, trial
 from engine.episodes import Episode, Monitor
 from engine.rows import Columns
 from engine.satellites import Satellites
@@ -59,7 +58,7 @@ def live(options: argparse.Namespace) -> dict[str, Any]:
     try:
         with ExitStack() as stack:
             if options.database_url:
-                dsn = stack.enter_context(scratch(options.database_url))
+                dsn = stack.enter_context(trial.scratch(options.database_url))
             else:
                 dsn = stack.enter_context(rig.private_database(home, lambda _: None)).dsn
             migrate.migrate(settings.load({}), dsn, lambda _: None)

@@ -26,7 +26,6 @@ from typing import Any
 import psycopg
 
 from bench import boards
-from bench.panels import scratch
 from engine import capacity, maintenance, migrate, rig, settings, stats, trial
 
 CALM_S = 14.0
@@ -150,7 +149,7 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             if options.database_url:
-                dsn = stack.enter_context(scratch(options.database_url))
+                dsn = stack.enter_context(trial.scratch(options.database_url))
             else:
                 dsn = stack.enter_context(rig.private_database(options.home, lambda _: None)).dsn
             result = measure(dsn, lane_dir, options)

@@ -15,15 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import make_conninfo
 
 from bench import boards, hour
-from engine import migrate, policies, settings
+from engine import migrate, policies, settings, trial
 
 BOUND_MS = 200.0
 EPISODES_A_POINT = 0.005
@@ -59,18 +57,6 @@ def ask(url: str, satellite: str, repeat: int, end: datetime) -> Iterator[dict[s
             yield {"panel": query.name, "rows": found, "ms": round(statistics.median(taken), 1)}
 
 
-@contextmanager
-def scratch(server: str) -> Iterator[str]:
-    """Yield the URL of a new database, dropped afterwards."""
-    name = f"orbitstream_panels_{os.getpid()}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-        try:
-            yield make_conninfo(server, dbname=name)
-        finally:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
-
-
 def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     end = datetime.now(UTC).replace(microsecond=0)
     begun = time.monotonic()
@@ -103,7 +89,7 @@ def main() -> int:
     if options.as_is:
         result = measure(options.database_url, options)
     else:
-        with scratch(options.database_url) as url:
+        with trial.scratch(options.database_url) as url:
             result = measure(url, options)
     slow = [each for each in result["panels"] if each["ms"] > options.bound]
     if options.json:

@@ -26,7 +26,6 @@ from typing import Any, Final
 
 import numpy as np
 import psycopg
-from psycopg.conninfo import make_conninfo
 
 from bench import results
 from engine import copy_format, limits, migrate, policies, settings
@@ -34,6 +33,7 @@ from engine.columnstore import Columnstore
 from engine.latest import Latest
 from engine.rows import Columns
 from engine.satellites import Satellites
+from engine.trial import scratch
 from simulator.anomalies import Anomaly
 from simulator.fleet import Fleet, satellite_ids
 
@@ -283,13 +283,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.database_url is None:
         parser.error("--database-url or DATABASE_URL is needed")
-    name = f"orbitstream_bench_{os.getpid()}"
-    with psycopg.connect(options.database_url, autocommit=True) as server:
-        server.execute(f"CREATE DATABASE {name}".encode())
-        try:
-            result = run(make_conninfo(options.database_url, dbname=name), options)
-        finally:
-            server.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    with scratch(options.database_url) as url:
+        result = run(url, options)
     figures = result["figures"]
     configuration = {
         name: getattr(options, name) for name in ("points", "days", "satellites", "chunk_interval", "repeat")

@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -42,15 +43,28 @@ def add_command(commands: Any) -> None:
     )
     command.set_defaults(run=run)
     add = command.add_argument
-    add("--satellites", type=int, default=1000, help="fleet size (default: %(default)s)")
-    add("--batch", type=int, default=1000, help="points a request (default: %(default)s)")
-    add("--workers", type=int, default=2, help="web workers (default: %(default)s)")
-    add("--writers", type=int, default=1, help="writers (default: %(default)s)")
-    add("--bound", type=float, default=500.0, help="p99 from arrival to commit in ms (default: %(default)s)")
-    add("--seconds", type=float, default=4.0, help="length of a trial (default: %(default)s)")
-    add("--trials", type=int, default=10, help="steps of the search for the knee (default: %(default)s)")
+    add("--satellites", type=positive(int), default=1000, help="fleet size (default: %(default)s)")
+    add("--batch", type=positive(int), default=1000, help="points a request (default: %(default)s)")
+    add("--workers", type=positive(int), default=2, help="web workers (default: %(default)s)")
+    add("--writers", type=positive(int), default=1, help="writers (default: %(default)s)")
+    add("--bound", type=positive(float), default=500.0, help="p99 from arrival to commit in ms (default: %(default)s)")
+    add("--seconds", type=positive(float), default=4.0, help="length of a trial (default: %(default)s)")
+    add("--trials", type=positive(int), default=10, help="steps of the search for the knee (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="write capacity.json and, with matplotlib, capacity.png there")
     add("--json", action="store_true", help="print the result as one JSON object")
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a parser of numbers above 0 for argparse."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = "number"  # argparse's word for what is no number at all
+    return parse
 
 
 def run(config: Settings, options: argparse.Namespace) -> int:

@@ -74,9 +74,12 @@ def overrides(dsn: str, lane_dir: Path, workers: int, writers: int) -> dict[str,
 def service(overrides: dict[str, str], lane_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Run `orbitstream serve` and yield it with its address, once it accepts points and has its database."""
     port_file = lane_dir / "port"
+    environment = settings.child_environment(settings.load({}))
+    for _, variable, _, _ in settings.options():
+        environment.pop(variable, None)
     running = subprocess.Popen(
         [sys.executable, "-P", "-m", "engine", "serve", "--port-file", str(port_file), "--parent", str(os.getpid())],
-        env=settings.child_environment(settings.load({}), **overrides),
+        env=environment | overrides,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
     )
@@ -152,7 +155,7 @@ def cpu_seconds(service: int, database: Iterable[int]) -> dict[str, float]:
     used = dict.fromkeys(("edge", "writer", "maintenance", "supervisor", "database"), 0.0)
     for pid, command in process_tree(service).items():
         used[_stage(command)] += _cpu(pid)
-    used["database"] = sum(_cpu(pid) for pid in database)
+    used["database"] = sum(_cpu(pid) for pid in database if _named(pid, "postgres"))
     return used
 
 
@@ -187,6 +190,14 @@ def process_tree(root: int) -> dict[int, str]:
 def _stage(command: str) -> str:
     stages = {"gunicorn": "edge", "engine.writer": "writer", "engine.maintenance": "maintenance"}
     return next((stage for word, stage in stages.items() if word in command), "supervisor")
+
+
+def _named(pid: int, name: str) -> bool:
+    """Tell whether a process of this machine has this name: a number from another machine may mean any."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() == name
+    except OSError:
+        return False
 
 
 def _cpu(pid: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,12 @@ STEP_POWER: Final = 0.8
 LOWEST: Final = 0.05
 """Steps towards the knee and its least, as shares of what is committed at saturation. Step n is the first over n to the
 power; ten then reach from nearly 0 to twice the saturation, and end in steps of 4 %."""
+
+_LEFT: Final = (
+    "SELECT datname FROM pg_database WHERE datname ~ '^orbitstream_scratch_[0-9a-f]{8}$'"
+    " AND pg_get_userbyid(datdba) = current_user"
+    " AND NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = pg_database.datname)"
+)
 
 
 @dataclass(slots=True)
@@ -60,26 +67,37 @@ class Trial:
 
 @contextmanager
 def scratch_database(config: Settings, home: Path) -> Iterator[str]:
-    """Yield the URL of an empty, migrated database that is gone afterwards: on the server of DATABASE_URL, or, without
-    one, on a private server in `home`. Raises RigError, psycopg.Error."""
+    """Yield the URL of a migrated scratch database: on the server of DATABASE_URL, or, without one, on a private server
+    in `home`. Raises RigError, psycopg.Error."""
     if config.database_url is None:
         with rig.private_database(home, lambda message: None) as server:
             migrate.migrate(config, server.dsn, lambda message: None)
             yield server.dsn
         return
-    url = config.migration_database_url or config.database_url
-    name = f"orbitstream_trial_{os.getpid()}"
-    with psycopg.connect(url, autocommit=True) as owner:
+    with scratch(config.migration_database_url or config.database_url) as url:
+        migrate.migrate(config, url, lambda message: None)
+        yield url
+
+
+@contextmanager
+def scratch(server: str) -> Iterator[str]:
+    """Yield the URL of an empty database on a server; it is dropped afterwards, as are those that a killed run left.
+
+    A run is known by its connection, which has the database's name as its own. Raises RigError, psycopg.Error.
+    """
+    name = f"orbitstream_scratch_{secrets.token_hex(4)}"
+    drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)")
+    with psycopg.connect(server, autocommit=True, application_name=name) as owner:
+        for (left,) in owner.execute(_LEFT).fetchall():
+            owner.execute(drop.format(sql.Identifier(left)))
         try:
             owner.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         except psycopg.errors.InsufficientPrivilege as error:
             raise RigError("the account may not create a scratch database: ALTER ROLE .. CREATEDB") from error
         try:
-            dsn = psycopg.conninfo.make_conninfo(url, dbname=name)
-            migrate.migrate(config, dsn, lambda message: None)
-            yield dsn
+            yield psycopg.conninfo.make_conninfo(server, dbname=name)
         finally:
-            owner.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+            owner.execute(drop.format(sql.Identifier(name)))
 
 
 def load_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +266,9 @@ class Bench:
         return np.asarray(sum(beat.latency_bins for beat in heartbeat.read_all(self._lane_dir)), np.uint64)
 
     def _cpu(self) -> dict[str, float]:
-        rows = self._connection.execute("SELECT pid FROM pg_stat_activity").fetchall()
+        host = self._connection.info.host
+        here = host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")  # elsewhere its CPU is not ours to see
+        rows = self._connection.execute("SELECT pid FROM pg_stat_activity WHERE %s", [here]).fetchall()
         return rig.cpu_seconds(self._service, [row[0] for row in rows])
 
 

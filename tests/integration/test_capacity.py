@@ -6,6 +6,8 @@ import argparse
 import json
 import random
 
+import psycopg
+
 from engine.trial import Bench, Trial, find_knee
 from tests.service import Service
 
@@ -42,11 +44,21 @@ def test_the_share_of_copy_at_the_knee_is_found_on_a_machine_that_stumbles_and_s
 def test_capacity_is_measured_beside_the_data_and_stored(service: Service) -> None:
     early = service.run("capacity")
     assert early.returncode == 1 and "orbitstream migrate" in early.stderr and early.stderr.count("\n") == 1
+    none = service.run("capacity", "--trials", "0")
+    assert none.returncode == 2 and "argument --trials: 0 is not above 0" in none.stderr
     assert service.run("migrate").returncode == 0
-    done = service.run(
-        "capacity", "--json", "--seconds", "0.5", "--trials", "1", "--satellites", "100", "--bound", "5000"
-    )
-    assert done.returncode == 0, done.stderr
+    left, used = "orbitstream_scratch_00000000", "orbitstream_scratch_ffffffff"  # by a killed run; of a running one
+    with psycopg.connect(service.database, autocommit=True, application_name=used) as running:
+        for name in (left, used):
+            running.execute(f"CREATE DATABASE {name}".encode())
+        done = service.run(
+            "capacity", "--json", "--seconds", "0.5", "--trials", "1", "--satellites", "100", "--bound", "5000",
+            ORBITSTREAM_DURABILITY="disk", ORBITSTREAM_MAX_POINTS="10",  # of the user's own service, not of this one
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        query = b"SELECT datname FROM pg_database WHERE starts_with(datname, 'orbitstream_scratch')"
+        assert running.execute(query).fetchall() == [(used,)]
+        running.execute(f"DROP DATABASE {used}".encode())
     result = json.loads(done.stdout)
     assert 0 < result["knee_points_per_second"] <= 1.5 * result["drain_points_per_second"]
     assert result["copy_points_per_second"] > 0 and result["lane_points"] > 500_000
@@ -56,5 +68,4 @@ def test_capacity_is_measured_beside_the_data_and_stored(service: Service) -> No
     ((knee, report),) = service.query("SELECT knee_points_per_second, report FROM capacity")
     assert knee == result["knee_points_per_second"] and report == result
     assert service.count() == 0, "the load went into the database that serves"
-    assert service.query("SELECT datname FROM pg_database WHERE starts_with(datname, 'orbitstream_trial')") == []
     assert list(service.lane_dir.glob("lane-*")) == []
