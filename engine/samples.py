@@ -66,7 +66,10 @@ def take(connection: psycopg.Connection[Any]) -> None:
     _take_slow_queries(connection)
     for name in ("fleet_stats", "database_stats"):
         connection.execute(f"DELETE FROM {name} WHERE time < now() - interval '{KEEP_DAYS} days'".encode())
-    connection.execute(f"DELETE FROM anomaly_event WHERE cleared_at < now() - interval '{KEEP_DAYS} days'".encode())
+    connection.execute(  # the onset is before the end, and has an index
+        f"DELETE FROM anomaly_event WHERE cleared_at < now() - interval '{KEEP_DAYS} days'"
+        f" AND onset < now() - interval '{KEEP_DAYS} days'".encode()
+    )
 
 
 def _take_slow_queries(connection: psycopg.Connection[Any]) -> None:
