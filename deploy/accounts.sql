@@ -48,6 +48,9 @@ SELECT 'CREATE EXTENSION IF NOT EXISTS pg_stat_statements'
 WHERE EXISTS (SELECT FROM pg_available_extensions WHERE name = 'pg_stat_statements') \gexec
 GRANT pg_read_all_stats TO orbitstream_migrator;
 
+-- Maintenance looks up the data folder, whose disk it measures where that is on the same machine.
+GRANT pg_read_all_settings TO orbitstream_migrator;
+
 -- A setting of a role is not inherited by its members, hence on the account.
 ALTER ROLE orbitstream_grafana SET statement_timeout = '30s';
 ALTER ROLE orbitstream_grafana SET default_transaction_read_only = on;

@@ -40,9 +40,12 @@ ALERTS: Final = (
           f"(SELECT max(refused) - min(refused) AS grown FROM engine_stats WHERE {RECENT}"
           " GROUP BY node, name) AS lanes",
           0, "0s", capacity.UID, 11),
-    Alert("writer-stale", "Writer stale", "critical", "A writer has not beaten for 8 seconds, or has ended.",
+    # The first writer of a node writes the rows of all: nobody else tells that it is gone.
+    Alert("writer-stale", "Writer stale", "critical",
+          "A writer has not beaten for 8 seconds or has ended, or nothing was heard of its node for 90 seconds.",
           "(count(*) FILTER (WHERE NOT up))::float8",
-          f"(SELECT DISTINCT ON (node, name) alive AS up FROM engine_stats WHERE {RECENT} AND process = 'writer'"
+          "(SELECT DISTINCT ON (node, name) alive AND time > now() - interval '90 seconds' AS up FROM engine_stats"
+          " WHERE time > now() - interval '10 minutes' AND process = 'writer'"
           " ORDER BY node, name, time DESC) AS writers", 0, "30s", capacity.UID, 41),
     Alert("database-down", "Database down", "critical",
           "The engine has written nothing for a minute, not even its own stats: the database, or the way to it.",
@@ -67,8 +70,8 @@ ALERTS: Final = (
           "anomaly_event WHERE onset > now() - interval '130 minutes'", 3, "0s", satellite.ANOMALIES_UID, 11),
     Alert("disk-full", "Disk full within 3 days", "critical",
           "At the growth of the last day the disk of the database is full within 3 days.",
-          "coalesce(3 * 86400 * regr_slope(database_bytes, extract(epoch FROM sampled_at))"
-          " / nullif((array_agg(disk_free_bytes ORDER BY sampled_at DESC))[1], 0), 0)::float8",
+          "(3 * 86400 * regr_slope(database_bytes, extract(epoch FROM sampled_at))"
+          " / nullif((array_agg(disk_free_bytes ORDER BY sampled_at DESC))[1], 0))::float8",
           "storage_stats WHERE sampled_at > now() - interval '1 day'", 1, "10m", capacity.UID, 51),
     Alert("job-failing", "Background job failing", "warning", "The last run of a policy of TimescaleDB failed.",
           "(count(*) FILTER (WHERE last_status = 'Failed'))::float8", "background_job", 0, "5m", database.UID, 22),

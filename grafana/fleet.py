@@ -124,7 +124,8 @@ def worst() -> str:
     """Return SQL for the satellites that were longest in an episode in the range."""
     return (
         "  SELECT satellite_id FROM anomaly_event\n"
-        "  WHERE onset >= $__timeFrom()::timestamptz - interval '1 day' AND onset <= $__timeTo()::timestamptz\n"
+        "  WHERE (onset >= $__timeFrom()::timestamptz - interval '1 day' OR cleared_at IS NULL)\n"
+        "    AND onset <= $__timeTo()::timestamptz\n"
         "    AND coalesce(cleared_at, $__timeTo()) >= $__timeFrom()\n"
         "  GROUP BY 1\n"
         "  ORDER BY sum(date_part('epoch', least(coalesce(cleared_at, $__timeTo()), $__timeTo()::timestamptz)\n"

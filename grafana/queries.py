@@ -57,11 +57,11 @@ def gauge(columns: dict[str, str], table: str, where: str, *, metric: str = "") 
 
 
 def newest(columns: str, where: str, rest: str = "") -> str:
-    """Return SQL over the rows of the newest moment of engine_stats within the last minute of the range."""
+    """Return SQL over the rows of each node's newest moment in engine_stats within the last minute of the range."""
     recent = f"time > {TO} - interval '1 minute' AND time <= {TO}"
     return (
-        f"SELECT {columns}\nFROM engine_stats\nWHERE {where} AND time = (\n"
-        f"  SELECT max(time) FROM engine_stats WHERE {recent} AND {where}\n){rest}"
+        f"SELECT {columns}\nFROM engine_stats\nWHERE {where} AND {recent} AND (node, time) IN (\n"
+        f"  SELECT node, max(time) FROM engine_stats WHERE {recent} AND {where} GROUP BY node\n){rest}"
     )
 
 
@@ -88,7 +88,7 @@ def levels(chosen: str, series: str) -> str:
         "    CASE severity WHEN 'critical' THEN 2 ELSE 1 END AS level\n"
         "  FROM chosen, LATERAL (\n    SELECT * FROM anomaly_event AS event\n"
         "    WHERE event.satellite_id = chosen.satellite_id\n"
-        f"      AND event.onset >= {FROM} - interval '1 day' AND event.onset <= {TO}\n"
+        f"      AND (event.onset >= {FROM} - interval '1 day' OR event.cleared_at IS NULL) AND event.onset <= {TO}\n"
         "      AND (event.cleared_at IS NULL OR event.cleared_at >= $__timeFrom())\n    OFFSET 0\n  ) AS event,\n"
         f"  LATERAL unnest(ARRAY(SELECT generate_series(date_bin({STEP}, greatest(event.onset, {FROM}), 'epoch'),\n"
         f'    least(coalesce(event.cleared_at, {TO}), {TO}), {STEP}))) AS span("time")\n)\n'
