@@ -235,10 +235,12 @@ def _migrate(config: Settings, options: argparse.Namespace) -> int:
                     raise migrate.MigrationError(f"cannot reach the database: {reason}") from error
                 log.warning("database away, will migrate when it is back: %s", reason)
             except migrate.MigrationError as error:
-                if options.wait:  # told apart from a crash by whoever started us
+                if not options.wait:
+                    raise
+                if not isinstance(error, migrate.MigrationBusyError):  # told apart from a crash by whoever started us
                     log.error("%s", error)
                     return supervisor.MIGRATION_FAILED
-                raise
+                log.warning("%s", error)
             time.sleep(pause)  # backs off while the database is away; a signal ends it
             pause = min(2 * pause, supervisor.MAX_BACKOFF_S)
 

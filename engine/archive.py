@@ -60,6 +60,8 @@ def export(
     connection: psycopg.Connection[Any], begin: datetime, end: datetime, out: Path, say: Callable[[str], None]
 ) -> int:
     """Write the points of [begin, end) to new files below `out` and return how many; one snapshot of the table."""
+    if begin >= end:
+        raise ArchiveError(f"--from {begin.isoformat()} is not before --to {end.isoformat()}")
     if (out / MANIFEST).exists():
         raise ArchiveError(f"{out} holds an export already: give another folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)

@@ -214,6 +214,14 @@ def beat_file(folder: Path, index: int) -> Path:
     return folder / f"writer-{index}.beat"
 
 
+def forget(folder: Path, writers: int) -> None:
+    """Remove the status files of writers that an earlier run had more of; the caller supervises all there are."""
+    for path in folder.glob("writer-*.beat"):
+        number = path.stem.rpartition("-")[2]
+        if number.isdecimal() and int(number) >= writers:
+            path.unlink(missing_ok=True)
+
+
 def read_all(folder: Path) -> list[Heartbeat]:
     """Map the status files of all writers of a lane directory."""
     found = []

@@ -48,6 +48,10 @@ class MigrationError(Exception):
     """A database that cannot be migrated; the text says what to do."""
 
 
+class MigrationBusyError(MigrationError):
+    """Somebody else migrates it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Edition:
     """What the server can do. `name` is `plain`, `apache` or `timescale`."""
@@ -170,7 +174,9 @@ def _migrate(settings: Settings, url: str, say: Callable[[str], None]) -> Editio
         try:
             connection.execute("SELECT pg_advisory_lock(%s)", [ADVISORY_LOCK])
         except psycopg.errors.LockNotAvailable as error:
-            raise MigrationError(f"another migration has been running for {LOCK_TIMEOUT_S} s: wait for it") from error
+            raise MigrationBusyError(
+                f"another migration has been running for {LOCK_TIMEOUT_S} s: wait for it"
+            ) from error
         encoding = connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             raise MigrationError(f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'")

@@ -40,8 +40,8 @@ def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
             yield opened
     except psycopg.OperationalError as error:
         raise OperateError(f"cannot use the database: {' '.join(str(error).split())}") from error
-    except psycopg.errors.UndefinedTable as error:
-        raise OperateError("the database has no OrbitStream schema: run `orbitstream migrate`") from error
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
+        raise OperateError("the database lacks this version's schema: run `orbitstream migrate`") from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise OperateError(
             f"{' '.join(str(error).split())}: set MIGRATION_DATABASE_URL to the account that owns the tables"

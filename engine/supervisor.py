@@ -115,6 +115,7 @@ class Supervisor:
         self.beats: dict[str, Heartbeat] = {}
         for index in range(len(self.writers)):
             self._mark_ended(index)  # a writer of an earlier run that was killed could not do so itself
+        heartbeat.forget(config.lane_dir, len(self.writers))
         self.hurry = False
 
     # -- running
@@ -303,7 +304,7 @@ def listen(config: Settings) -> socket.socket:
     """Bind and listen on the configured address; raises SettingError that names the variable if it cannot be had."""
     try:
         socket.getaddrinfo(config.host, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise settings.SettingError(f"ORBITSTREAM_HOST={config.host!r} is not an address of this machine") from error
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]

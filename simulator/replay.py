@@ -54,6 +54,9 @@ def read_recording(path: str) -> Recording:
         if time_name is None or "satellite_id" not in table.column_names or not len(table):
             raise RecordingError(f"{path} has no points with satellite_id and time; see replay --help")
         moments = table[time_name]
+        for name in (time_name, "satellite_id"):
+            if missing := table[name].null_count:
+                raise RecordingError(f"{path}: {missing} of {len(table)} rows have no {name}; leave them out")
         if pa.types.is_timestamp(moments.type) and moments.type.tz is None:
             raise RecordingError(f"{path}: {time_name} has no time zone; store it as UTC")
         if (

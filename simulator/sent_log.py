@@ -114,6 +114,8 @@ class Table:
         import pyarrow as pa
 
         rows = rows[rows["anomaly"] > 0] if self._truth else rows[rows["outcome"] != SILENT]
+        if not len(rows):
+            return
         columns = [
             pa.DictionaryArray.from_arrays(pa.array(rows["satellite"].astype(np.int32)), self._names),
             pa.array(rows["time_us"].astype(np.int64), self._schema.field("time").type),

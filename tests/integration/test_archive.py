@@ -73,6 +73,8 @@ def test_a_file_that_changed_is_refused(service: Service, tmp_path: Path) -> Non
     table = pq.read_table(path)
     swapped = table.set_column(4, table.schema.field(4), table[4].take(list(reversed(range(len(table))))))
     pq.write_table(swapped, path)
+    backwards = service.run("export", "--from", f"{NEXT}", "--to", f"{DAY}", "--out", str(tmp_path / "none"))
+    assert backwards.returncode == 1 and "is not before --to" in backwards.stderr
     refused = service.run("import", str(out))
     assert refused.returncode == 1 and "is not what was exported" in refused.stderr
     with psycopg.connect(service.database) as connection:

@@ -21,8 +21,11 @@ ALL: list[Key] = list(itertools.product(NAMES, range(SECONDS)))
 
 
 def write_log(folder: Path, outcomes: dict[Key, str]) -> Path:
-    """Write a sent log of two senders, a row group for every ten of a sender's points."""
-    spools = []
+    """Write a sent log of two senders, a row group for every ten of a sender's points, and of one without any point."""
+    silent = np.zeros(1, sent_log.ROW)
+    silent["outcome"] = sent_log.SILENT
+    spools = [str(folder / "silent.spool")]
+    Path(spools[0]).write_bytes(silent.tobytes())
     for satellite, name in enumerate(NAMES):
         rows = np.zeros(SECONDS, sent_log.ROW)
         rows["satellite"] = satellite

@@ -97,3 +97,10 @@ def test_stats_that_the_database_refuses_do_not_hold_up_points(service: Service)
     assert service.post("/telemetry/batch", [POINT] * 10)[0] == 202
     eventually(lambda: service.count() == 10)
     assert service.stop() == 0
+
+
+def test_a_writer_that_is_no_longer_wanted_is_not_told_of(service: Service) -> None:
+    service.start(ORBITSTREAM_WRITERS="2")
+    assert service.stop() == 0
+    service.start(ORBITSTREAM_WRITERS="1")
+    assert [sample.labels["writer"] for sample in scrape(service)["writer_up"].samples] == ["writer-0"]

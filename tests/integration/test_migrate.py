@@ -106,6 +106,25 @@ def test_two_at_once_apply_each_migration_once(database: str) -> None:
     assert said.count("applied 0001 telemetry") == 1
 
 
+def test_who_waits_for_the_database_waits_for_anothers_migration_too(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with migrate.connect(service.database, "test") as other:
+        other.execute("SELECT pg_advisory_lock(%s)", [migrate.ADVISORY_LOCK])
+        monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 1)
+        with pytest.raises(migrate.MigrationBusyError, match="wait for it"):
+            migrate.migrate(settings.load({}), service.database, lambda _: None)
+        waiting = subprocess.Popen(
+            [sys.executable, "-P", "-c", "import sys; from engine import migrate; migrate.LOCK_TIMEOUT_S = 1;"
+             "from engine.__main__ import main; sys.exit(main(['migrate', '--wait']))"],
+            env={**os.environ, "DATABASE_URL": service.database}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert waiting.stderr is not None
+        eventually(lambda: "another migration has been running" in waiting.stderr.readline(), 20)
+    said = waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 0 and "applied 0001 telemetry" in said
+
+
 def test_an_unreachable_database_is_one_line(tmp_path: Path) -> None:
     ended = Service("postgresql://nobody@127.0.0.1:1/none", tmp_path).run("migrate")
     assert ended.returncode == 1

@@ -458,8 +458,12 @@ def test_a_replay_sends_the_file_in_its_rhythm(
         ("x.txt", "a", "is none of .parquet, .csv, .ndjson, .jsonl"),
         ("x.csv", "satellite_id,battery\na,1\n", "has no points with satellite_id and time"),
         ("x.csv", "satellite_id,time\na,2026-01-01T00:00:00\n", "has no time zone"),
+        ("x.csv", "satellite_id,time\na,2026-01-01T00:00:00Z\nb,\n", "1 of 2 rows have no time"),
+        ("x.ndjson", '{"satellite_id":"a","time":"2026-01-01T00:00:00Z"}\n{"satellite_id":"b"}\n', "have no time"),
+        ("x.ndjson", '{"satellite_id":"a","time":"2026-01-01T00:00:00Z"}\n{"time":"2026-01-01T00:00:00Z"}\n',
+         "have no satellite_id"),
     ],
-)
+)  # fmt: skip
 def test_a_file_that_cannot_be_replayed_is_one_clear_line(
     name: str, text: str | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
