@@ -25,8 +25,11 @@ from bench import results
 from bench.memory import Samples, slopes
 from engine import heartbeat, migrate, rig, settings, trial
 from engine.demo import compare
+from engine.rig import RigError
 
 KNEE_SHARE = 0.7
+DISK_BYTES = 175
+"""Of disk for a point: its row and index entries, the log of what was sent, and what the WAL holds meanwhile."""
 SAMPLE_S = 2.0
 
 
@@ -82,6 +85,12 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
         migrate.migrate(settings.load({}), server.dsn, lambda message: None)
         overrides = rig.overrides(server.dsn, lane_dir, options.workers, options.writers)
         knee = options.rate / KNEE_SHARE if options.rate else find_knee(server.dsn, lane_dir, overrides, options)
+        needed, free = KNEE_SHARE * knee * options.minutes * 60 * DISK_BYTES, shutil.disk_usage(home).free
+        if needed > free:
+            raise RigError(
+                f"{needed / 1e9:.0f} GB are needed in {home.parent} and {free / 1e9:.0f} are free: "
+                "give fewer --minutes (SOAK_MINUTES with make), or a lower --rate"
+            )
         sent_log = home / "sent.parquet"  # gigabytes: not into memory
         with psycopg.connect(server.dsn, autocommit=True) as connection:
             connection.execute("TRUNCATE telemetry")
@@ -148,6 +157,8 @@ def main() -> int:
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-soak", 0o700)
     try:
         figures = soak(options, home, lane_dir)
+    except RigError as error:
+        parser.exit(1, f"soak: {error}\n")
     finally:
         shutil.rmtree(lane_dir, ignore_errors=True)
         shutil.rmtree(home, ignore_errors=True)
