@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -108,12 +109,16 @@ class Decoder(Rules):
         """Turn points into columns if every one is plainly valid, else None."""
         if set(map(type, points)) != {dict}:
             return None
-        names = tuple(points[0])
-        if set(map(tuple, points)) == {names}:  # the points of one client mostly have their fields in one order
-            if not NEEDED.issubset(names) or not (self.ignore_unknown or ALLOWED.issuperset(names)):
-                return None
-            columns = zip(*map(dict.values, points), strict=True)
-            return self._columns(dict(zip(names, columns, strict=True)), len(points), now_us)
+        names = points[0]
+        if set(map(len, points)) == {len(names)}:  # the points of one client mostly have the same fields
+            try:
+                table = {name: [point[name] for point in points] for name in names}
+            except KeyError:
+                pass
+            else:
+                if not NEEDED.issubset(names) or not (self.ignore_unknown or ALLOWED.issuperset(names)):
+                    return None
+                return self._columns(table, len(points), now_us)
         if not (self.ignore_unknown or ALLOWED.issuperset(chain.from_iterable(points))):
             return None
         try:
@@ -161,7 +166,11 @@ class Decoder(Rules):
             kinds = set(map(type, raw))
             if not kinds <= _NUMBERS and (channel.required or not kinds <= {float, int, type(None)}):
                 return None
-            column: Floats = np.array(raw, np.float64)  # None becomes NaN, which JSON itself cannot bring
+            column: Floats
+            if type(None) in kinds:
+                column = np.array(raw, np.float64)  # None becomes NaN, which JSON itself cannot bring
+            else:
+                column = np.frombuffer(struct.pack(f"{length}d", *raw))  # a third of what np.array takes
             if not inside(column, channel, gaps=not channel.required):
                 return None
             values[channel.name] = column

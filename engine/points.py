@@ -25,6 +25,8 @@ ALLOWED: Final = frozenset(POINT_FIELDS) | {"is_anomaly"}
 NEEDED: Final = frozenset({"satellite_id", *REQUIRED})
 
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+LONG: Final = 2000
+"""Characters from which numpy's 4 us a call are less than what str.isprintable takes, 2 ns for each."""
 _NUMBERS: Final = {float, int}
 _ZERO_US: Final = parse(ZERO_TIME)
 
@@ -105,7 +107,12 @@ def escape(name: str) -> str:
 
 def has_control(text: str) -> bool:
     """Tell whether a text has a control character."""
-    return not (text.isascii() and text.isprintable()) and _CONTROL.search(text) is not None
+    if not text.isascii():
+        return _CONTROL.search(text) is not None
+    if len(text) < LONG:
+        return not text.isprintable()
+    codes = np.frombuffer(text.encode(), np.uint8)
+    return bool(codes.min() < 0x20 or codes.max() == 0x7F)
 
 
 def inside(column: Floats, channel: Channel, *, gaps: bool) -> bool:
@@ -146,9 +153,10 @@ class Rules:
 
     def times(self, texts: Sequence[Any], now_us: int) -> Times | None:
         """Return the times of many timestamps if each is plainly valid, else None."""
-        if texts.count(None) == len(texts):
+        kinds = set(map(type, texts))
+        if kinds == {type(None)}:
             return np.full(len(texts), now_us, np.int64)
-        if set(map(type, texts)) != {str}:
+        if kinds != {str}:
             return None
         times = parse_all(texts)
         if times is None or times.max() > now_us + FUTURE_US or times.min() < now_us - self.oldest_us:

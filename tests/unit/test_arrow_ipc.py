@@ -251,3 +251,14 @@ def test_mutated_streams_raise_decode_errors_and_nothing_else() -> None:
     taken, refused, peak_mib = map(int, ran.stdout.split())
     assert taken > 100 and refused > 1000
     assert peak_mib < 300
+
+
+def test_a_schema_that_was_good_once_does_not_vouch_for_another() -> None:
+    good = stream(points())
+    for _ in range(2):  # the second time it is known
+        assert len(DECODER.arrow_batch(good, NOW)) == 3
+    bad = stream(points(battery_charge_percent=pa.array(["text"] * 3)))
+    for body in (bad, bad + good, bad[:-8] + good):  # the last without its end mark: one stream with two schemas
+        with pytest.raises(DecodeError):
+            DECODER.arrow_batch(body, NOW)
+    assert refusal(bad).faults[0].code == "wrong-type"
