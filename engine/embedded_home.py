@@ -26,6 +26,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ ROLE = "orbitstream"
 SOCKET_PATH_LIMIT = 107  # bytes: sockaddr_un.sun_path holds 108 with the closing zero
 SOCKET_NAME = ".s.PGSQL.5432"
 LOG_BYTES = 4 << 20  # a longer log is set aside at the next start; one old log is kept
+SWEEP_S = 5.0  # at most for what an interrupted start left
 
 # What initdb leaves as the default is not repeated. What is here pays for ingest, and none of it trades a committed
 # row for speed.
@@ -179,8 +181,12 @@ class Home:
 
     def sweep(self) -> None:
         """Remove what an interrupted start left half made, and set a long log aside. The lock is held."""
+        deadline = time.monotonic() + SWEEP_S
         for leftover in self.folder.glob("*.new-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+            while leftover.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)  # what the killed initdb had started still writes there, for a moment
+                shutil.rmtree(leftover, ignore_errors=True)
         if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
         self.log.touch(0o600)  # errors quote rows

@@ -180,14 +180,15 @@ def test_chunks_are_made_ahead_and_the_storage_is_sampled(any_database: str) -> 
 
 def test_the_index_on_time_covers_what_autosummarize_forgot(any_database: str) -> None:
     edition = migrate.migrate(settings.load({}), any_database, lambda _: None)
-    with migrate.connect(any_database, "test") as connection, migrate.connect(any_database, "vacuum") as vacuum:
+    with migrate.connect(any_database, "test") as connection:
         connection.execute(
             "INSERT INTO telemetry (time, satellite_id, battery_charge_percent, storage_usage_mb, signal_strength_dbm,"
             " received_at, is_anomaly) SELECT now() + number * interval '1 ms', 'A', 1, 1, 1, now(), false"
             " FROM generate_series(1, 50000) AS number"
         )
-        with vacuum.transaction():
-            vacuum.execute("LOCK TABLE telemetry IN SHARE UPDATE EXCLUSIVE MODE")
-            assert maintenance.summarize(connection, edition) == 0, "it does not wait for a vacuum"
-        assert (maintenance.summarize(connection, edition) > 10) == (edition.timescaledb is None)
+        if edition.timescaledb is None:
+            with migrate.connect(any_database, "vacuum") as vacuum, vacuum.transaction():
+                vacuum.execute("LOCK TABLE telemetry IN SHARE UPDATE EXCLUSIVE MODE")
+                assert maintenance.summarize(connection, edition) == 0, "it does not wait for a vacuum"
+            assert maintenance.summarize(connection, edition) > 10
         assert maintenance.summarize(connection, edition) == 0
