@@ -83,9 +83,10 @@ def test_the_service_uses_tls_and_checks_whom_it_talks_to(secured: Secured, lane
         service.start()
         assert service.post("/telemetry", POINT)[0] == 202
         eventually(lambda: service.count() == 1)
-        ours = (
+        ours = (  # the writer's, and maintenance's, which starts after it
             "SELECT bool_and(ssl), min(version), count(*) > 1 FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
             " WHERE application_name LIKE 'orbitstream-%%'"
         )
+        eventually(lambda: service.query(ours)[0][2], what="both connections")
         assert service.query(ours) == [(True, "TLSv1.3", True)]
         assert service.stop() == 0
