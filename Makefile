@@ -16,7 +16,7 @@ demo: .venv/embedded  ## run database, service and simulator for 10 s and prove 
 test: .venv/dev  ## run the tests: real processes, a real private PostgreSQL (4 to 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 3 --dist loadfile tests/unit tests/integration
 
-crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random kills; writes crash-report.json (27 minutes)
+crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random kills; writes crash-report.json (20 to 27 minutes)
 	ORBITSTREAM_CRASH_LONG=1 ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \
 	  $(BIN)/python -m pytest -s --timeout 3600 tests/crash tests/unit/test_ring_model.py
 
