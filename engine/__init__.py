@@ -3,7 +3,7 @@
 Data flows one way, and each module is one room on that way:
 
     body --> decode --> rows --> ring  (shared memory)  ring --> rows --> copy_format --> COPY --> telemetry
-                                                            writer: limits, episodes
+                                                            writer; follower: limits, episodes
 
     orbitstream serve (supervisor)        owns the lane directory, starts and restarts the rest
       gunicorn arbiter                    deploy/gunicorn.conf.py

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Final
 
 import psycopg
 
-from engine import heartbeat, lanes, limits, logs, process, rows, settings
+from engine import heartbeat, lanes, logs, process, rows, settings
 from engine.backlog import Backlog
 from engine.columnstore import Columnstore
 from engine.connection import Connection, one_line, pause_after
@@ -33,13 +32,10 @@ from engine.drain import (
     drain,
     end_blocking_backend,
 )
-from engine.episodes import Monitor
+from engine.follower import Follower
 from engine.heartbeat import Heartbeat, State
-from engine.latest import Latest
 from engine.migrate import find_edition
-from engine.recorder import Recorder
 from engine.ring import Lane, LaneError
-from engine.satellites import Satellites
 from engine.settings import Settings
 from engine.summary import Summary
 from engine.timestamps import now_us
@@ -74,14 +70,11 @@ class Writer:
         self.seen_free: dict[Path, float] = {}
         self.connection: Connection | None = None
         self.columnstore: Columnstore | None = None
-        self.satellites = Satellites()
-        self.latest = Latest(self.satellites)
         self.failures = 0
         self.next_attempt = self.next_scan = self.next_sweep = self.next_probe = 0.0
         self.stop_at: float | None = None
         self.summary = Summary(log)
-        self.monitor = Monitor(limits.of_settings(config), self.satellites)
-        self.recorder = Recorder(config.lane_dir, config.node, stats=index == 0)
+        self.follower = Follower(config, stats=index == 0)
 
     def stop(self, *_: object) -> None:
         """Ask the loop to drain what is there and end (signal handler)."""
@@ -100,11 +93,11 @@ class Writer:
             if self.stop_at is not None and (now >= self.stop_at or all(each.empty for each in self.drains.values())):
                 break
             stored = self.pass_over(now)
-            self.record(now)
+            self.record()
             if not stored:
                 time.sleep(POLL_S)
             self.put_latest()
-        self.record(math.inf)
+        self.record(ending=True)
         self.put_latest(ending=True)
         self.summary.flush()
         self.beat.enter(State.ENDED)
@@ -178,18 +171,8 @@ class Writer:
         self.beat.enter(State.CONNECTED)
         log.info("connected to %s", edition)
         self.compare_archive(self.connection)
-        self.resume_episodes(self.connection)
+        self.follower.resume(self.connection)
         return True
-
-    def resume_episodes(self, connection: Connection) -> None:
-        """Go on with the episodes that an earlier writer left open; end those of a limit that is there no more."""
-        forgotten = []
-        for episode in self.recorder.lasting(connection):
-            if episode.channel in self.monitor.limits.of(episode.satellite):
-                self.monitor.resume(episode)
-            else:
-                forgotten.append(episode)
-        self.recorder.forget(connection, forgotten)
 
     def disconnect(self) -> None:
         if self.connection is not None:
@@ -230,13 +213,22 @@ class Writer:
             finally:
                 lane.close()
 
-    def record(self, now: float) -> None:
+    def record(self, *, ending: bool = False) -> None:
         """Write down what is due beside the points."""
         if self.connection is not None:
             try:
-                self.recorder.tick(now, self.connection)
+                self.follower.record(self.connection, ending=ending)
             except psycopg.Error as error:
                 self.away(error)
+
+    def put_latest(self, *, ending: bool = False) -> None:
+        """Put some of the newest points into satellite_latest; a failure costs nobody a point."""
+        if self.connection is not None:
+            try:
+                self.follower.put_latest(self.connection, ending=ending)
+            except psycopg.Error as error:
+                self.disconnect()
+                self.summary.alarms.warning("satellite_latest is behind: %s", one_line(error))
 
     # -- flushing
 
@@ -254,16 +246,6 @@ class Writer:
         while self.connected(time.monotonic()) and due:  # each lane has its turn, also when another's failed
             stored |= self.flush(due.pop(0))
         return stored
-
-    def put_latest(self, *, ending: bool = False) -> None:
-        """Put some of the newest points into satellite_latest; a failure costs nobody a point."""
-        if self.connection is None or not (ending or self.latest.due(time.monotonic())):
-            return
-        try:
-            (self.latest.finish if ending else self.latest.put)(self.connection)
-        except psycopg.Error as error:
-            self.disconnect()
-            self.summary.alarms.warning("satellite_latest is behind: %s", one_line(error))
 
     def probe(self, connection: Connection, now: float) -> None:
         """See that an idle connection still has a database at its other end, for the sake of /health."""
@@ -313,12 +295,12 @@ class Writer:
             connection.be_patient(mine.failures - PATIENT_AFTER + 1)
         begun = time.monotonic()
         try:
-            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, self.columnstore)
+            flushed = drain(connection, consumer, mine.bound, self.beat.beat, self.follower.mark, self.columnstore)
         except PointRefusedError as error:
             log.warning("%s: looking for the point that is refused: %s", mine.path.name, one_line(error))
             connection.execute("ROLLBACK")
             flushed = drain(
-                connection, consumer, mine.bound, self.beat.beat, self.monitor.mark, self.columnstore, careful=True
+                connection, consumer, mine.bound, self.beat.beat, self.follower.mark, self.columnstore, careful=True
             )
         if flushed is not None:
             self.note(mine, flushed, time.monotonic() - begun)
@@ -341,11 +323,7 @@ class Writer:
         self.summary.add(flushed)
         if flushed.columns is not None:
             self.beat.anomalous(int(flushed.columns.is_anomaly.sum()))
-            found = self.satellites.runs(flushed.columns)
-            self.latest.add(flushed.columns, flushed.received, found)
-            changed = self.monitor.advance(flushed.columns, found)
-            self.summary.tell(changed)
-            self.recorder.add(changed)
+        self.summary.tell(self.follower.follow(flushed))
         log.debug("flush lane=%s points=%d ms=%.1f", mine.path.name, flushed.committed, seconds * 1000)
 
     def failed(self, mine: Backlog, error: psycopg.Error) -> None:

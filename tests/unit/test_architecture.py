@@ -72,9 +72,10 @@ ALLOWED: dict[str, set[str]] = {
     "connection": set(),
     "summary": {"drain", "episodes", "limits"},
     "backlog": {"columnstore", "consumer", "drain", "lanes"},
+    "follower": {"connection", "drain", "episodes", "latest", "limits", "recorder", "rows", "satellites"},
     "writer": {
-        "backlog", "columnstore", "connection", "consumer", "drain", "episodes", "heartbeat", "lanes", "latest",
-        "limits", "migrate", "recorder", "ring", "rows", "satellites", "summary", "timestamps",
+        "backlog", "columnstore", "connection", "consumer", "drain", "follower", "heartbeat", "lanes", "migrate",
+        "ring", "rows", "summary", "timestamps",
     },
     "installations": set(),
     "embedded_home": {"installations"},
