@@ -85,7 +85,8 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
         migrate.migrate(settings.load({}), server.dsn, lambda message: None)
         overrides = rig.overrides(server.dsn, lane_dir, options.workers, options.writers)
         knee = options.rate / KNEE_SHARE if options.rate else find_knee(server.dsn, lane_dir, overrides, options)
-        needed, free = KNEE_SHARE * knee * options.minutes * 60 * DISK_BYTES, shutil.disk_usage(home).free
+        rate = KNEE_SHARE * knee
+        needed, free = rate * options.minutes * 60 * DISK_BYTES, shutil.disk_usage(home).free
         if needed > free:
             raise RigError(
                 f"{needed / 1e9:.0f} GB are needed in {home.parent} and {free / 1e9:.0f} are free: "
@@ -95,10 +96,10 @@ def soak(options: argparse.Namespace, home: Path, lane_dir: Path) -> dict[str, A
         with psycopg.connect(server.dsn, autocommit=True) as connection:
             connection.execute("TRUNCATE telemetry")
         with rig.service(overrides, lane_dir) as (service, url):
-            rig.say("soak", f"{KNEE_SHARE * knee:,.0f} points/s for {options.minutes:g} minutes")
+            rig.say("soak", f"{rate:,.0f} points/s for {options.minutes:g} minutes")
             watch = Watch(service.pid, lane_dir, options.kill_every)
             load = argparse.Namespace(**{**vars(options), "seconds": options.minutes * 60})
-            flags = trial.load_flags(KNEE_SHARE * knee, load)
+            flags = trial.load_flags(rate, load)
             report = rig.simulate(url, {**flags, "--sent-log": sent_log, "--idempotency-keys": True})
             watch.stop()
             rig.stop(service)

@@ -155,11 +155,10 @@ def sample_storage(connection: psycopg.Connection[Any], edition: migrate.Edition
 
 def _disk(connection: psycopg.Connection[Any]) -> tuple[int | None, int | None]:
     """Return size and free bytes of the database's disk; None where it is not of this machine, or not to be seen."""
-    host = connection.info.host
     row = connection.execute(
         "SELECT setting FROM pg_settings WHERE name = 'data_directory'"  # no row without the right to see it
     ).fetchone()
-    if row is None or not (host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")):
+    if row is None or not migrate.on_this_machine(connection):
         return None, None
     try:
         disk = os.statvfs(row[0])

@@ -133,6 +133,12 @@ def connect(url: str, application: str) -> psycopg.Connection[Any]:
     )
 
 
+def on_this_machine(connection: psycopg.Connection[Any]) -> bool:
+    """Tell whether the server is one of this machine, whose processes and disks are to be seen from here."""
+    host = connection.info.host
+    return host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
+
+
 def pending(connection: psycopg.Connection[Any], edition: Edition) -> list[Migration]:
     """Return the migrations that this database still needs; raises MigrationError if what it has is not ours."""
     known = [migration for migration in migrations() if edition.fits(migration.edition)]

@@ -266,8 +266,7 @@ class Bench:
         return np.asarray(sum(beat.latency_bins for beat in heartbeat.read_all(self._lane_dir)), np.uint64)
 
     def _cpu(self) -> dict[str, float]:
-        host = self._connection.info.host
-        here = host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")  # elsewhere its CPU is not ours to see
+        here = migrate.on_this_machine(self._connection)
         rows = self._connection.execute("SELECT pid FROM pg_stat_activity WHERE %s", [here]).fetchall()
         return rig.cpu_seconds(self._service, [row[0] for row in rows])
 
