@@ -36,7 +36,10 @@ LARGE: Final = 1 << 20
 VALUES_A_POINT: Final = 16
 """A point has 12 fields at most; those few more are left to commas in ids, and to unknown fields that are ignored."""
 
-_NUMBERS: Final = {float, int}
+MANY: Final = 50
+"""Values of a column from which on some calls of numpy are less than a look at the type or the length of each."""
+LINE_END: Final = 0x0A
+_NUMBERS_AND_NULL: Final = {float, int, type(None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +110,22 @@ class Decoder(Rules):
 
     def _transpose(self, points: list[Any], now_us: int) -> Columns | None:
         """Turn points into columns if every one is plainly valid, else None."""
+        names = points[0]
+        if type(names) is not dict:
+            return None
+        try:  # the points of one client mostly have the same fields; only an object can be asked for one by its name
+            table = {name: [point[name] for point in points] for name in names}
+            alike = sum(map(len, points)) == len(names) * len(points)
+        except KeyError:
+            alike = False
+        except TypeError:
+            return None
+        if alike:
+            if not NEEDED.issubset(names) or not (self.ignore_unknown or ALLOWED.issuperset(names)):
+                return None
+            return self._columns(table, len(points), now_us)
         if set(map(type, points)) != {dict}:
             return None
-        names = points[0]
-        if set(map(len, points)) == {len(names)}:  # the points of one client mostly have the same fields
-            try:
-                table = {name: [point[name] for point in points] for name in names}
-            except KeyError:
-                pass
-            else:
-                if not NEEDED.issubset(names) or not (self.ignore_unknown or ALLOWED.issuperset(names)):
-                    return None
-                return self._columns(table, len(points), now_us)
         if not (self.ignore_unknown or ALLOWED.issuperset(chain.from_iterable(points))):
             return None
         try:
@@ -163,15 +170,10 @@ class Decoder(Rules):
             raw = table.get(channel.name)
             if raw is None or (not channel.required and raw.count(None) == length):
                 continue
-            kinds = set(map(type, raw))
-            if not kinds <= _NUMBERS and (channel.required or not kinds <= {float, int, type(None)}):
-                return None
-            column: Floats
-            if type(None) in kinds:
+            column = _floats(raw, length)
+            if column is None and not channel.required and set(map(type, raw)) <= _NUMBERS_AND_NULL:
                 column = np.array(raw, np.float64)  # None becomes NaN, which JSON itself cannot bring
-            else:
-                column = np.frombuffer(struct.pack(f"{length}d", *raw))  # a third of what np.array takes
-            if not inside(column, channel, gaps=not channel.required):
+            if column is None or not inside(column, channel, gaps=not channel.required):
                 return None
             values[channel.name] = column
         texts = table.get("timestamp")
@@ -194,20 +196,31 @@ def _reason(body: bytes, error: orjson.JSONDecodeError) -> str:
     return f"{error.msg} (line {error.lineno}, column {error.colno})"
 
 
+def _floats(raw: Sequence[Any], length: int) -> Floats | None:
+    """Turn numbers into an array, in a third of the time of np.array; None if there is anything else among them."""
+    try:
+        column = np.frombuffer(struct.pack(f"{length}d", *raw))
+    except (struct.error, OverflowError):
+        return None
+    doubtful = length < MANY or ((column == 0) | (column == 1)).any()  # false and true pass for 0 and 1
+    return None if doubtful and bool in set(map(type, raw)) else column
+
+
 def _ids(ids: Sequence[Any]) -> Ids | None:
     """Turn satellite ids into an array of bytes if every one is plainly valid, else None."""
-    if set(map(type, ids)) != {str}:
+    try:
+        lines = "\n".join(ids) + "\n"
+    except TypeError:
         return None
-    joined = "".join(ids)
-    if has_control(joined):
+    width = len(ids[0]) + 1
+    if len(ids) >= MANY and lines.isascii() and len(lines) == width * len(ids) and 1 < width <= MAX_ID_BYTES + 1:
+        codes = np.frombuffer(lines.encode(), np.uint8).reshape(-1, width)
+        texts, ends = codes[:, :-1], codes[:, -1]
+        if (ends == LINE_END).all():  # each line ends at its place: all are of one width, or hold a line end themselves
+            plain = texts.min() >= 0x20 and texts.max() < 0x7F
+            return np.ascontiguousarray(texts).view(f"S{width - 1}").reshape(-1) if plain else None
+    if has_control("".join(ids)):
         return None
-    if not joined.isascii():
-        encoded = [each.encode() for each in ids]
-        widths = set(map(len, encoded))
-        return np.array(encoded) if min(widths) and max(widths) <= MAX_ID_BYTES else None
-    widths = set(map(len, ids))
-    if min(widths) == 0 or max(widths) > MAX_ID_BYTES:
-        return None
-    if len(widths) == 1:
-        return np.frombuffer(joined.encode(), f"S{widths.pop()}")
-    return np.array(ids, np.bytes_)
+    encoded = ids if lines.isascii() else [each.encode() for each in ids]
+    widths = set(map(len, encoded))
+    return np.array(encoded, np.bytes_) if min(widths) and max(widths) <= MAX_ID_BYTES else None

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta, timezone
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,25 +62,25 @@ def parse(text: str) -> int:
         raise ValueError(f"is no date or time of the calendar ({error})") from error
 
 
-def parse_all(texts: Sequence[str]) -> NDArray[np.int64] | None:
-    """Return the times of `texts`, in us since 1970, if all have one common shape and are valid; else None.
+def parse_all(texts: Sequence[Any]) -> NDArray[np.int64] | None:
+    """Return the times of `texts`, in us since 1970, if all are texts of one common shape and valid; else None.
 
     The shape is YYYY-MM-DDTHH:MM:SS, up to 9 fractional digits, and Z or one offset. None says nothing about which
     text is at fault, or whether one is: ask `parse`.
     """
-    width = len(texts[0])
-    if not 20 <= width <= 35 or set(map(len, texts)) != {width}:
-        return None
-    joined = "".join(texts)
-    if not joined.isascii():
+    try:
+        lines = "\n".join(texts) + "\n"
+    except TypeError:
         return None
     first = texts[0]
-    if _SHAPE.fullmatch(first) is None:
+    width = len(first)
+    if len(lines) != (width + 1) * len(texts) or not lines.isascii() or _SHAPE.fullmatch(first) is None:
         return None
     zone = width - 1 if first[-1] in "Zz" else width - 6
     offset_us = _offset_us(first[zone:])
-    chars = np.ascontiguousarray(np.frombuffer(joined.encode(), np.uint8).reshape(-1, width).T)  # a row a place
-    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width)]
+    chars = np.ascontiguousarray(np.frombuffer(lines.encode(), np.uint8).reshape(-1, width + 1).T)  # a row a place
+    # Each line ends at its place, and no line end is found at another one: so all are of one width.
+    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width + 1)]
     if offset_us is None or (chars[separators] != chars[separators, :1]).any():
         return None
     digits = chars[:zone] - np.uint8(48)

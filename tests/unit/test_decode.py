@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine import rows
 from engine.channels import CHANNELS
-from engine.decode import Decoder
+from engine.decode import MANY, Decoder
 from engine.points import DecodeError, Rejects
 from engine.timestamps import now_us, parse, parse_all
 from tests.service import POINT
@@ -221,8 +221,13 @@ _any = st.dictionaries(
 )
 
 
-@given(st.lists(_good, min_size=1, max_size=8))
-def test_the_columnar_path_reads_what_the_scalar_rule_reads(points: list[dict[str, Any]]) -> None:
+_copies = st.sampled_from([1, MANY])
+"""Of a list of points: columns of many values are looked at in another way than those of few."""
+
+
+@given(st.lists(_good, min_size=1, max_size=8), _copies)
+def test_the_columnar_path_reads_what_the_scalar_rule_reads(points: list[dict[str, Any]], copies: int) -> None:
+    points = points * copies
     together = DECODER.json_batch(orjson.dumps(points), NOW)
     one_by_one = [DECODER.point(orjson.dumps(each), NOW) for each in points]
     assert together.time.tolist() == [each.time_us for each in one_by_one]
@@ -234,8 +239,44 @@ def test_the_columnar_path_reads_what_the_scalar_rule_reads(points: list[dict[st
         ]
 
 
-@given(st.lists(_good | _any, min_size=1, max_size=5))
-def test_a_batch_is_taken_if_and_only_if_each_point_is(points: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            (channel, value)
+            for channel in POINT
+            if channel != "satellite_id"
+            for value in (True, False, None, "1", [1])
+        ),
+        *(
+            ("satellite_id", value)
+            for value in ("A", "AB\nCDEF", "\nABCDEF", "ABCDE\x7f", "", "Ä" * 33, 7, None, ["A"])
+        ),
+        *(("timestamp", value) for value in (stamp()[:-2] + "\nZ", stamp() + "\n", "\n" + stamp(), 7, True, [stamp()])),
+    ],
+)
+def test_one_value_among_many_is_looked_at_as_it_is_alone(field: str, value: Any) -> None:
+    plain = [point(satellite_id="SAT-001", timestamp=stamp(), battery_charge_percent=0) for _ in range(2 * MANY)]
+    for place in (0, MANY, 2 * MANY - 1):
+        points = [dict(each) for each in plain]
+        points[place][field] = value
+        try:
+            expected: Any = DECODER.point(orjson.dumps(points[place]), NOW).satellite_id
+        except DecodeError as error:
+            expected = error.faults[0].code
+        columns = {name: [each[name] for each in points] for name in points[0]}
+        for body, pointer in ((points, f"/{place}/{field}"), (columns, f"/{field}/{place}")):
+            try:
+                found: Any = DECODER.json_batch(orjson.dumps(body), NOW).satellite_id.tolist()[place]
+            except DecodeError as error:
+                assert [fault.pointer for fault in error.faults] == [pointer]
+                found = error.faults[0].code
+            assert found == expected
+
+
+@given(st.lists(_good | _any, min_size=1, max_size=5), _copies)
+def test_a_batch_is_taken_if_and_only_if_each_point_is(points: list[dict[str, Any]], copies: int) -> None:
+    points = points * copies
     verdicts = []
     for each in points:
         try:
@@ -274,8 +315,9 @@ def test_a_lenient_batch_keeps_what_the_scalar_rule_keeps(points: list[dict[str,
         assert rejects.indexes == sorted(set(range(len(points))) - {index for index, _ in good})
 
 
-@given(st.lists(_good | _any, min_size=1, max_size=5))
-def test_columns_are_taken_if_and_only_if_their_points_are(points: list[dict[str, Any]]) -> None:
+@given(st.lists(_good | _any, min_size=1, max_size=5), _copies)
+def test_columns_are_taken_if_and_only_if_their_points_are(points: list[dict[str, Any]], copies: int) -> None:
+    points = points * copies
     names = {name for each in points for name in each}
     points = [{name: each.get(name) for name in names} for each in points]  # a column has a value for each point
     try:
@@ -316,7 +358,7 @@ HOSTILE = """
 import sys
 sys.path.insert(0, {here!r})
 from tests.memory import peak_mib
-from engine.decode import Decoder
+from engine.decode import MANY, Decoder
 from engine.points import DecodeError
 decoder = Decoder(max_points=100_000, oldest_us=10**18)
 size = 16 << 20
