@@ -38,7 +38,6 @@ VALUES_A_POINT: Final = 16
 
 MANY: Final = 50
 """Values of a column from which on some calls of numpy are less than a look at the type or the length of each."""
-LINE_END: Final = 0x0A
 _NUMBERS_AND_NULL: Final = {float, int, type(None)}
 
 
@@ -214,11 +213,9 @@ def _ids(ids: Sequence[Any]) -> Ids | None:
         return None
     width = len(ids[0]) + 1
     if len(ids) >= MANY and lines.isascii() and len(lines) == width * len(ids) and 1 < width <= MAX_ID_BYTES + 1:
-        codes = np.frombuffer(lines.encode(), np.uint8).reshape(-1, width)
-        texts, ends = codes[:, :-1], codes[:, -1]
-        if (ends == LINE_END).all():  # each line ends at its place: all are of one width, or hold a line end themselves
-            plain = texts.min() >= 0x20 and texts.max() < 0x7F
-            return np.ascontiguousarray(texts).view(f"S{width - 1}").reshape(-1) if plain else None
+        texts = np.frombuffer(lines.encode(), np.uint8).reshape(-1, width)[:, :-1]
+        if texts.min() >= 0x20 and texts.max() < 0x7F:  # no line ends but where they belong: all are of one width
+            return np.ascontiguousarray(texts).view(f"S{width - 1}").reshape(-1)
     if has_control("".join(ids)):
         return None
     encoded = ids if lines.isascii() else [each.encode() for each in ids]

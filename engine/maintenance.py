@@ -37,9 +37,9 @@ log = logging.getLogger("orbitstream.maintenance")
 def summarize(connection: psycopg.Connection[Any], edition: migrate.Edition) -> int:
     """Bring the block range index on time up to date, where there are no chunks; returns ranges summarized.
 
-    `autosummarize` remembers 256 ranges from one round of autovacuum to the next, as many as 9,000 points/s fill in a
-    minute. What it forgets is read by whoever asks for a span of time, retention among them, until a vacuum comes;
-    while one is at work it does the same.
+    The server's own `autosummarize` is off: it remembers 256 ranges from one round of autovacuum to the next, as many
+    as 9,000 points/s fill in a minute. What is in no range is read by whoever asks for a span of time, retention among
+    them. A vacuum that is at work does the same meanwhile.
     """
     if edition.timescaledb is not None:
         return 0

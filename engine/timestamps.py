@@ -79,8 +79,8 @@ def parse_all(texts: Sequence[Any]) -> NDArray[np.int64] | None:
     zone = width - 1 if first[-1] in "Zz" else width - 6
     offset_us = _offset_us(first[zone:])
     chars = np.ascontiguousarray(np.frombuffer(lines.encode(), np.uint8).reshape(-1, width + 1).T)  # a row a place
-    # Each line ends at its place, and no line end is found at another one: so all are of one width.
-    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width + 1)]
+    # A line end passes neither for a separator nor for a digit: where each is in its place, all texts are of one width.
+    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width)]
     if offset_us is None or (chars[separators] != chars[separators, :1]).any():
         return None
     digits = chars[:zone] - np.uint8(48)

@@ -178,11 +178,10 @@ def test_chunks_are_made_ahead_and_the_storage_is_sampled(any_database: str) -> 
         assert sample == (True, None if edition.timescaledb is None else 2)
 
 
-def test_the_index_on_time_covers_what_autosummarize_forgot(any_database: str) -> None:
+def test_maintenance_brings_the_index_on_time_up_to_date(any_database: str) -> None:
     edition = migrate.migrate(settings.load({}), any_database, lambda _: None)
     with migrate.connect(any_database, "test") as connection:
         if edition.timescaledb is None:  # a vacuum that comes by meanwhile would do what is tested here
-            connection.execute("ALTER INDEX telemetry_time_range SET (autosummarize = off)")
             connection.execute("ALTER TABLE telemetry SET (autovacuum_enabled = off)")
         connection.execute(
             "INSERT INTO telemetry (time, satellite_id, battery_charge_percent, storage_usage_mb, signal_strength_dbm,"
