@@ -128,12 +128,30 @@ def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
         "refused": found.refused,
         "commit_ms": {"p50": round(found.p50_ms, 1), "p99": round(found.p99_ms, 1)},
         "cpu_us_per_point": {stage: round(value, 3) for stage, value in found.cpu_us.items()},
+        "committed_to_cpu": round(found.committed / cpu_bound(found.cpu_us), 3),
         "memory": sizes,
     }
     if filled is not None:
         rates = [statistics.mean(each.committed for each in trials) for trials in (empty, filled)]
         figures["filled_to_empty"] = round(rates[1] / rates[0], 3)
     return figures
+
+
+def cpu_bound(cpu_us: dict[str, float]) -> float:
+    """Return the points/s at which what a point takes of all processes, in us of CPU, has every core busy all the time.
+
+    The server and the simulator are taken to be on this machine too.
+    """
+    return (os.cpu_count() or 1) * 1e6 / sum(cpu_us.values())
+
+
+def share_if_only_parsed(found: dict[str, Any]) -> float:
+    """Return the share of COPY alone that would be left if all but the database took what sending and parsing take.
+
+    COPY alone has every core; here the simulator and orjson.loads run on the same ones.
+    """
+    copy = (os.cpu_count() or 1) * 1e6 / found["copy_per_second"]
+    return float(copy / (copy + found["orjson_us_per_point"] + found["cpu_us_per_point"]["simulator"]))
 
 
 def parse() -> argparse.Namespace:
@@ -164,6 +182,8 @@ def main() -> int:
         found["orjson_us_per_point"] = round(floor, 3)
         ours = sum(found["cpu_us_per_point"][stage] for stage in STAGES)
         found["cpu_to_orjson"] = round(ours / floor, 2)
+        if options.format == "json":
+            found["share_of_copy_if_only_parsed"] = round(share_if_only_parsed(found), 3)
         figures.append(found)
         print(
             f"{satellites:>7,} satellites: committed {found['committed_per_second']:,}/s, "
