@@ -78,7 +78,10 @@ def test_a_migration_that_fails_leaves_the_version_before_it(
     with pytest.raises(MigrationError, match="9999 broken failed and was undone: division by zero"):
         migrate.migrate(config, any_database, lambda _: None)
     assert rows(any_database, "SELECT to_regclass('half')") == [(None,)]
-    assert rows(any_database, "SELECT max(version) FROM orbitstream_migration") == [(real[-1].version,)]
+    with migrate.connect(any_database, "test") as connection:
+        edition = migrate.find_edition(connection)
+    last = max(migration.version for migration in real if edition.fits(migration.edition))
+    assert rows(any_database, "SELECT max(version) FROM orbitstream_migration") == [(last,)]
     monkeypatch.setattr(migrate, "migrations", lambda: real)
     migrate.migrate(config, any_database, lambda _: None)
 
