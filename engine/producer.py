@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from engine.failpoints import ARMED, hit
 from engine.ring import (
@@ -31,6 +31,10 @@ from engine.ring import (
     RecordTooLargeError,
     padded,
 )
+
+UNKNOWN_S: Final = 1
+AWAY_S: Final = 5
+"""What a client is told to wait while nothing is known of the drain rate yet, and while nothing drains."""
 
 
 class Receipt(NamedTuple):
@@ -71,7 +75,7 @@ class Producer:
         self._sync_mutex = threading.Lock()
         self._failed = False
         self._mark = (time.monotonic(), lane.tail)
-        self._drain_rate = 0.0
+        self._drain_rate: float | None = None
 
     def publish(self, payload: Sequence[bytes | memoryview], points: int, time_us: int, key: bytes = b"") -> Receipt:
         """Commit one record, all or nothing; with `durable` it is answered for only after the receipt's `sync`.
@@ -121,15 +125,17 @@ class Producer:
             self.lane.words[ANSWERED] += points
 
     def retry_after(self) -> int:
-        """Return in how many seconds a record of the largest size will have room, at the rate of the last seconds."""
+        """Return in how many seconds a record of the largest size will have room, at the rate that was seen last."""
         with self._mutex:
             self._note_drain()
             lane, rate = self.lane, self._drain_rate
             missing = self.largest_record - (lane.capacity - (lane.head - lane.tail))
-        return 5 if rate <= 0 else max(1, min(60, math.ceil(missing / rate)))
+        if rate is None:
+            return UNKNOWN_S
+        return AWAY_S if rate <= 0 else max(1, min(60, math.ceil(missing / rate)))
 
     def _note_drain(self) -> None:
-        """Measure the drain rate (bytes/s) over the last second or more."""
+        """Measure the drain rate (bytes/s) over the last second or more, as far as there was something to drain."""
         now, (since, tail) = time.monotonic(), self._mark
         if now - since >= 1.0:
             self._drain_rate = (self.lane.tail - tail) / (now - since)
@@ -145,6 +151,8 @@ class Producer:
                 f"the request takes {length} bytes in the lane, at most {self.largest_record} fit: send fewer points"
             )
         head = words[HEAD]
+        if head == words[TAIL]:  # so it does drain, and from here on there is something to drain again
+            self._mark, self._drain_rate = (time.monotonic(), head), self._drain_rate or None
         room = capacity - head % capacity
         start = head if room >= length else head + room
         end = start + length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import struct
@@ -83,6 +84,34 @@ def test_a_full_lane_refuses_and_stays_as_it_was(lane: Lane) -> None:
     assert len(drain(consumer)) == published
     producer.publish([record], 1, 0)
     assert drain(consumer) == [record]
+
+
+def test_retry_after_is_what_draining_takes_not_what_a_lull_took(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("engine.producer.time.monotonic", lambda: now)
+    producer, consumer = Producer(lane), Consumer(lane)
+
+    def fill() -> int:
+        with pytest.raises(LaneFullError):
+            while True:
+                producer.publish([bytes(1000)], 1, 0)
+        return producer.retry_after()
+
+    producer.publish([bytes(1000)], 1, 0)
+    drain(consumer)
+    now = 1000.0
+    assert fill() == 1, "nothing is known yet: in the lull there was nothing to drain"
+    now += 2.0
+    assert fill() == 5, "nothing drains"
+    drain(consumer)
+    now += 2.0
+    assert fill() == 1, "it was drained after all, nobody knows how fast"
+    tail, freed = lane.tail, consumer.read(lane.tail, 10, LIMIT)[-1].end
+    consumer.free(freed, lane.settled_points + 10)
+    now += 4.0
+    waiting = fill()
+    missing = producer.largest_record - (lane.capacity - (lane.head - lane.tail))
+    assert waiting == math.ceil(missing / ((freed - tail) / 4.0)) > 1, "ten records in four seconds"
 
 
 def test_a_record_over_a_quarter_of_the_lane_is_refused(lane: Lane) -> None:
