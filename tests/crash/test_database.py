@@ -114,13 +114,16 @@ CREATE TABLE fault (code text, satellite_id text);
 CREATE FUNCTION faulty(satellite text) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE found text;
 BEGIN
-    SELECT code INTO found FROM fault WHERE coalesce(satellite_id, satellite) = satellite;
+    SELECT code INTO found FROM public.fault WHERE coalesce(satellite_id, satellite) = satellite;
     IF found IS NOT NULL THEN
         RAISE EXCEPTION 'made to fail' USING ERRCODE = found;
     END IF;
     RETURN true;
 END $$;
-ALTER TABLE telemetry ADD CHECK (faulty(satellite_id));
+-- TimescaleDB looks at chunks that are there already with a search path of its own.
+SET search_path = pg_catalog;
+ALTER TABLE public.telemetry ADD CHECK (public.faulty(satellite_id));
+RESET search_path;
 SELECT 1
 """
 
