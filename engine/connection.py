@@ -12,7 +12,6 @@ from typing import Any, Final, TypeVar
 import psycopg
 from psycopg.abc import PQGen
 
-# All end before heartbeat.STALE_S, so that a writer is not taken for stuck while it waits for the database.
 STATEMENT_TIMEOUT_S: Final = 6
 TCP_TIMEOUT_S: Final = 5
 ANSWER_TIMEOUT_S: Final = 7

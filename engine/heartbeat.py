@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FILE_BYTES: Final = 4096
-STALE_S: Final = 8.0
-"""A writer that has not beaten for so long is taken for stuck. Its database statements end sooner (see `writer`)."""
+STALE_S: Final = 5.0
+"""A writer that has not beaten for so long is taken for stuck. It beats also while it waits for the database."""
 LATENCY_BINS: Final = 256
 FLUSH_BINS: Final = 128
 EDITIONS: Final = ("unknown", "plain", "apache", "timescale")

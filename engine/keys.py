@@ -10,8 +10,11 @@ MAX_KEY_BYTES: Final = 200
 
 
 def record_key(scope: str, key: str, body: bytes) -> bytes:
-    """Return the key of the record of one request; neither `scope` nor `key` holds NUL."""
-    return hashlib.blake2b(body, digest_size=HASH_BYTES).digest() + scope.encode() + b"\0" + key.encode()
+    """Return the key of the record of one request; neither `scope` nor `key` holds NUL.
+
+    SHA-256 has instructions of its own in today's processors, and takes half as long as BLAKE2b there.
+    """
+    return hashlib.sha256(body).digest()[:HASH_BYTES] + scope.encode() + b"\0" + key.encode()
 
 
 def split(record_key: bytes) -> tuple[str, str, bytes]:

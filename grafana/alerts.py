@@ -42,7 +42,7 @@ ALERTS: Final = (
           0, "0s", capacity.UID, 11),
     # The first writer of a node writes the rows of all: nobody else tells that it is gone.
     Alert("writer-stale", "Writer stale", "critical",
-          "A writer has not beaten for 8 seconds or has ended, or nothing was heard of its node for 90 seconds.",
+          "A writer has not beaten for 5 seconds or has ended, or nothing was heard of its node for 90 seconds.",
           "(count(*) FILTER (WHERE NOT up))::float8",
           "(SELECT DISTINCT ON (node, name) alive AND time > now() - interval '90 seconds' AS up FROM engine_stats"
           " WHERE time > now() - interval '10 minutes' AND process = 'writer'"

@@ -13,7 +13,7 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from engine import rows
+from engine import arrow_ipc, rows
 from engine.decode import Decoder
 from engine.points import DecodeError, Rejects
 from engine.timestamps import now_us
@@ -262,3 +262,30 @@ def test_a_schema_that_was_good_once_does_not_vouch_for_another() -> None:
         with pytest.raises(DecodeError):
             DECODER.arrow_batch(body, NOW)
     assert refusal(bad).faults[0].code == "wrong-type"
+
+
+def with_indexes(indexes: pa.Array, **changes: Any) -> bytes:
+    """Make a stream whose dictionary is the same whatever the indexes into it, unsafe ones as well."""
+    ids = pa.DictionaryArray.from_arrays(indexes, pa.array(["B", "A", "é"]), safe=False)
+    return stream(points(len(indexes), satellite_id=ids, **changes))
+
+
+def test_a_dictionary_that_was_good_once_names_the_ids_of_another_batch() -> None:
+    for indexes, expected in ([0, 1, 2], "BAé"), ([2, 2, 0], "ééB"), ([1], "A"):
+        columns = DECODER.arrow_batch(with_indexes(pa.array(indexes, pa.int32())), NOW)
+        assert [each.decode() for each in columns.satellite_id.tolist()] == list(expected)
+    for wrong in [0, 3, 0], [0, -1, 0], [2**31 - 1]:
+        assert refusal(with_indexes(pa.array(wrong, pa.int32()))).code == "malformed-arrow"
+    assert refusal(with_indexes(pa.array([0, None, 1], pa.int32()))).faults[0][:2] == ("/satellite_id/1", "wrong-type")
+    wrong_value = with_indexes(pa.array([2, 1, 0], pa.int32()), battery_charge_percent=pa.array([1.0, 2.0, 101.0]))
+    assert refusal(wrong_value).faults[0][:2] == ("/battery_charge_percent/2", "out-of-range")
+
+
+def test_openings_that_are_kept_are_bounded() -> None:
+    for number in range(2 * arrow_ipc.MAX_OPENINGS):
+        ids = pa.array([f"S{number}", "A"]).dictionary_encode()
+        assert DECODER.arrow_batch(stream(points(2, satellite_id=ids)), NOW).satellite_id[0] == b"S%d" % number
+    long = pa.array([f"SAT-{number:040}" for number in range(1000)]).dictionary_encode()
+    assert len(DECODER.arrow_batch(stream(points(1000, satellite_id=long)), NOW)) == 1000
+    assert 0 < len(arrow_ipc._openings) <= arrow_ipc.MAX_OPENINGS
+    assert max(map(len, arrow_ipc._openings)) <= arrow_ipc.MAX_OPENING_BYTES
