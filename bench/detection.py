@@ -1,7 +1,7 @@
 """Score the detection of anomalies against the simulator's ground truth: python -m bench.detection [--live]
 
-The readings of a fleet at 10,000 points/s go through the same Monitor as a writer's, in transactions of 20 ms that come
-from two lanes, the second late by one transaction. An injected episode is a satellite's run of readings with one kind
+The readings of a fleet at 10,000 points/s go through the same Monitor as a writer's, in transactions of 50 ms that come
+from two lanes, the second late by one transaction: of 250 points, as a live run at that rate makes them. An injected episode is a satellite's run of readings with one kind
 of anomaly, as far as a reading of it is beyond a limit; it is found if an episode of that satellite overlaps it. A
 found episode that overlaps no injected one is false. What limits cost is marking and moving states; a writer looks up
 the numbers of satellites for their newest points in any case, so that is told apart.
@@ -32,7 +32,7 @@ from engine.satellites import Satellites
 from simulator.anomalies import Anomaly, beyond_limits
 from simulator.fleet import Fleet, satellite_ids
 
-SATELLITES, STEP_US, FLUSH_US = 1000, 100_000, 20_000
+SATELLITES, STEP_US, FLUSH_US = 1000, 100_000, 50_000
 NAMES = ("battery_charge_percent", "storage_usage_mb", "signal_strength_dbm")
 START_US = 1_790_000_000_000_000
 

@@ -155,21 +155,29 @@ class Monitor:
             if column is None:
                 continue
             low, high, quiet = limit.lowest, limit.highest, channel not in tracks and channel not in spikes
-            if alone and quiet and not (column.item(span.start) < low or column.item(span.start) > high):
-                continue  # most of what is looked at: the other channels of a satellite that has one reading
-            values: list[float] = column[span].tolist()
-            beyond = [place for place, value in enumerate(values) if value < low or value > high]
-            if quiet and not beyond:
-                continue
-            rates = [NOMINAL] * len(values)
-            if channel in spikes:
-                rates = self._spikes(columns, found, index, channel)[0].tolist()
-                beyond = sorted({*beyond, *(place for place, level in enumerate(rates) if level)})
-            track = tracks.pop(channel, None) or Track()
-            _follow(
-                track, (name, channel), limit, (columns.time[span].tolist(), values, rates), beyond, newest, changed
-            )
-            if not track.idle:
+            if alone and channel not in spikes:  # as most are at a fleet's usual rates
+                value = column.item(span.start)
+                if quiet and not (value < low or value > high):
+                    continue
+                track = tracks.get(channel) or Track()
+                time = columns.time.item(span.start)
+                if time > newest and not isnan(value):
+                    _step(track, (name, channel), limit, (time, value, NOMINAL), changed)
+            else:
+                values: list[float] = column[span].tolist()
+                beyond = [place for place, value in enumerate(values) if value < low or value > high]
+                if quiet and not beyond:
+                    continue
+                rates = [NOMINAL] * len(values)
+                if channel in spikes:
+                    rates = self._spikes(columns, found, index, channel)[0].tolist()
+                    beyond = sorted({*beyond, *(place for place, level in enumerate(rates) if level)})
+                track = tracks.get(channel) or Track()
+                readings = columns.time[span].tolist(), values, rates
+                _follow(track, (name, channel), limit, readings, beyond, newest, changed)
+            if track.idle:
+                tracks.pop(channel, None)
+            else:
                 tracks[channel] = track
         self._tracked[number] = bool(tracks)
         if tracks:
