@@ -1,10 +1,11 @@
 """Score the detection of anomalies against the simulator's ground truth: python -m bench.detection [--live]
 
 The readings of a fleet at 10,000 points/s go through the same Monitor as a writer's, in transactions of 50 ms that come
-from two lanes, the second late by one transaction: of 250 points, as a live run at that rate makes them. An injected episode is a satellite's run of readings with one kind
-of anomaly, as far as a reading of it is beyond a limit; it is found if an episode of that satellite overlaps it. A
-found episode that overlaps no injected one is false. What limits cost is marking and moving states; a writer looks up
-the numbers of satellites for their newest points in any case, so that is told apart.
+from two lanes, the second late by one transaction: of 250 points, as a live run at that rate makes them. An injected
+episode is a satellite's run of readings with one kind of anomaly, as far as a reading of it is beyond a limit; it is
+found if an episode of that satellite overlaps it. A found episode that overlaps no injected one is false. What limits
+cost is marking and moving states; a writer looks up the numbers of satellites for their newest points in any case, so
+that is told apart.
 
 With --live the readings go through a service of its own into a private database, or a scratch one on --database-url's
 server, and the episodes are those of anomaly_event.
