@@ -146,6 +146,7 @@ def _check_messages(body: bytes) -> tuple[bytes, list[pa.Message]]:
     """
     messages: list[pa.Message] = []
     count = end = 0
+    usual = True
     source = pa.BufferReader(body)
     for message in pa.ipc.MessageReader.open_stream(source):
         count += 1
@@ -156,6 +157,7 @@ def _check_messages(body: bytes) -> tuple[bytes, list[pa.Message]]:
             raise DecodeError.invalid("", "large-schema", f"the schema is over {MAX_SCHEMA_BYTES} bytes")
         if kind == "record batch" or messages:
             messages.append(message)
+            usual = usual and kind == "record batch"
         else:
             end = source.tell()
         if kind == "schema":
@@ -172,8 +174,7 @@ def _check_messages(body: bytes) -> tuple[bytes, list[pa.Message]]:
             raise DecodeError.invalid("", "dictionary-delta", "a dictionary grows by deltas: send it whole")
     if source.tell() != source.size():
         raise DecodeError("malformed-arrow", "there are bytes after the end of the stream")
-    usual = end <= MAX_OPENING_BYTES and messages and all(message.type == "record batch" for message in messages)
-    return (body[:end] if usual else b""), messages
+    return (body[:end] if usual and messages and end <= MAX_OPENING_BYTES else b""), messages
 
 
 def _features(metadata: bytes, kind: str) -> tuple[bool, bool]:

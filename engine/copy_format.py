@@ -126,7 +126,7 @@ def order(columns: Columns) -> NDArray[np.intp]:
     chars = chars[differ]
     key = _packed(columns.time, chars, low[differ], high[differ])
     if key is not None:
-        return np.argsort(key)
+        return np.argsort(key, kind="stable")  # records are in some order each: merged in a tenth of a sort's time
     padded = np.zeros((chars.shape[1], -(-len(chars) // 8) * 8), np.uint8)
     padded[:, : len(chars)] = chars.T
     words = padded.view(">u8").astype(np.uint64)

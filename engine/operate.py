@@ -33,7 +33,8 @@ def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
     url = config.owner_url or running_dsn(config.home)
     if url is None:
         raise OperateError(
-            "no database: set DATABASE_URL, or start the service, whose embedded PostgreSQL is not running"
+            f"no database: DATABASE_URL is not set, and no embedded PostgreSQL runs under {config.home}: start the"
+            " service, or give this command the service's environment"
         )
     try:
         with migrate.connect(url, "orbitstream-operate") as opened:

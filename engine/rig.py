@@ -164,8 +164,8 @@ def anonymous_bytes(service: int) -> dict[str, int]:
     most: dict[str, int] = {}
     for pid, command in process_tree(service).items():
         with suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            size = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()  # smaps_rollup walks all pages of a lane
+            size = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
             most[_stage(command)] = max(size, most.get(_stage(command), 0))
     return most
 

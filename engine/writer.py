@@ -366,6 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--drain", action="store_true", help="end once the lanes are empty")
     options = parser.parse_args(argv)
     process.die_with_parent(options.parent, signal.SIGKILL)
+    process.keep_freed_memory()
     config = settings.load()
     logs.configure(config.log_level, f"writer-{options.index}")
     assert config.database_url is not None, "the supervisor sets DATABASE_URL, also for the embedded server"
