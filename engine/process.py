@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     """Have malloc keep up to KEPT_BYTES of what is freed for the next arrays of that size.
 
     Otherwise glibc gives arrays of some 100 kB and more back to the kernel, which fills the next ones with zeros, page
-    by page: a third of what a writer does for a point. Nothing where the C library has no mallopt.
+    by page: that took a quarter of a writer's time. Does nothing where the C library has no mallopt.
     """
     with suppress(AttributeError):
         _libc.mallopt(M_MMAP_THRESHOLD, KEPT_AT_ONCE)

@@ -22,6 +22,10 @@ _SHAPE = re.compile(
 )
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_DAY_US: Final = 86_400_000_000
+_TIME_PLACES: Final = [11, 12, 14, 15, 17, 18, 20, 21, 22, 23, 24, 25]
+_TIME_US: Final = np.array([36e9, 3.6e9, 6e8, 6e7, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1])
+"""Where the digits of a time stand, and how many us each is worth."""
 
 
 def now_us() -> int:
@@ -85,7 +89,7 @@ def parse_all(texts: Sequence[Any]) -> NDArray[np.int64] | None:
         return None
     digits = chars[:zone] - np.uint8(48)
     digits[[place for place in separators if place < zone]] = 0
-    return None if digits.max() > 9 else _combine(digits, first, offset_us)
+    return _combine(digits, first, offset_us)
 
 
 def _offset_us(zone: str) -> int | None:
@@ -98,22 +102,27 @@ def _offset_us(zone: str) -> int | None:
 
 
 def _combine(digits: NDArray[np.uint8], first: str, offset_us: int) -> NDArray[np.int64] | None:
-    """Turn rows of digits (place, n) into us since 1970; None if a field is out of its range."""
-    hour, minute, second = (digits[place] * 10 + digits[place + 1] for place in (11, 14, 17))
-    days = _days(digits[:10], first)
-    if days is None or hour.max() > 23 or minute.max() > 59 or second.max() > 59:
+    """Turn rows of digits (place, n) into us since 1970; None if one is no digit, or a field is out of its range."""
+    largest = digits.max(axis=1)
+    if largest.max() > 9 or largest[14] > 5 or largest[17] > 5:
         return None
-    micros: NDArray[np.int64] = ((days * 24 + hour) * 60 + minute) * 60 + second
-    for fraction in range(20, 26):
-        micros = micros * 10 + (digits[fraction] if fraction < len(digits) else 0)
-    return micros - offset_us
+    if largest[11] > 1 and (digits[11] * 10 + digits[12]).max() > 23:
+        return None
+    days = _days(digits[:10], first)
+    if days is None:
+        return None
+    places = [place for place in _TIME_PLACES if place < len(digits)]
+    # Whole numbers under 2^53, exact in float64. Not as a product of matrices, for which OpenBLAS may start threads.
+    since_midnight = np.einsum("i,ij->j", _TIME_US[: len(places)], digits[places].astype(np.float64))
+    micros: NDArray[np.int64] = since_midnight.astype(np.int64) + (days * _DAY_US - offset_us)
+    return micros
 
 
-def _days(digits: NDArray[np.uint8], first: str) -> NDArray[np.int64] | None:
-    """Return days since 1970 of the dates in rows of digits; None if one is not of the calendar."""
+def _days(digits: NDArray[np.uint8], first: str) -> int | NDArray[np.int64] | None:
+    """Return days since 1970 of the dates in rows of digits, one for all if it is one; None: not of the calendar."""
     if (digits == digits[:, :1]).all():  # all of one day, as the readings of one request mostly are
         try:
-            return np.full(digits.shape[1], date.fromisoformat(first[:10]).toordinal() - _EPOCH.toordinal())
+            return date.fromisoformat(first[:10]).toordinal() - _EPOCH.toordinal()
         except ValueError:
             return None
     wide = digits.astype(np.int64)
