@@ -47,7 +47,7 @@ audit: .venv/release  ## look for known vulnerabilities in what is locked (asks 
 	mkdir -p dist && $(BIN)/cyclonedx-py requirements deploy/requirements.txt --of JSON -o dist/sbom.json
 
 dist: .venv/release  ## build wheel and sdist into dist/
-	rm -rf build && $(BIN)/python -m build -q && rm -rf build
+	rm -rf build dist/orbitstream-* && $(BIN)/python -m build -q && rm -rf build
 
 clean:  ## remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

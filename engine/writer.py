@@ -139,7 +139,8 @@ class Writer:
         log.error("%s is stopped, its points are kept: %s", path.name, why)
 
     def count_stopped(self) -> None:
-        failing = {path for path, mine in self.drains.items() if mine.failures}
+        # While the database is away every lane fails, and none of them is why.
+        failing = set() if self.failures else {path for path, mine in self.drains.items() if mine.failures}
         self.beat.set_stopped_lanes(len(failing | self.resting.keys()))
 
     def finish(self, mine: Backlog) -> None:
