@@ -64,7 +64,7 @@ def _of_writers(writers: Iterable[WriterSample]) -> Iterator[list[str]]:
     yield _family("dead_lettered_points_total", "counter", "Points set aside in dead_letter.", each("dead_lettered"))
     yield _family("anomalous_points_total", "counter", "Committed points that are anomalies.", each("anomalies"))
     yield _family("write_failures_total", "counter", "Attempts that the database did not settle.", each("failures"))
-    yield _family("stopped_lanes", "gauge", "Lanes that the database refuses, or that wait for an operator.", each("stopped_lanes"))
+    yield _family("stopped_lanes", "gauge", "Lanes that wait for a mend or an operator.", each("stopped_lanes"))
     yield _family("last_commit_timestamp_seconds", "gauge", "When the last commit was.",
                   [(_writer(writer), writer.last_commit_us / 1e6) for writer in writers])  # fmt: skip
     yield _histogram("commit_latency_seconds", "Time of a point from arrival to commit.", LATENCY_EDGES, LATENCY_STEP,
