@@ -142,7 +142,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a trial of the knee (%(default)g)")
     parser.add_argument("--bound", type=float, default=1000.0, help="p99 from arrival to commit in ms (%(default)g)")
-    parser.add_argument("--lane-bytes", type=int, default=96 << 20, help="size of a lane (%(default)s)")
+    parser.add_argument("--lane-bytes", type=int, default=192 << 20, help="size of a lane (%(default)s)")
     options = parser.parse_args()
     lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-overload", 0o700)
     options.home = rig.private_folder(settings.load({}).home, "overload")
