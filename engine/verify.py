@@ -105,7 +105,7 @@ def total(parts: list[Balance]) -> Balance:
 def deep(connection: psycopg.Connection[Any]) -> tuple[int, int]:
     """Return (rows that the ledger says were committed or replayed, rows that telemetry has), of one snapshot.
 
-    They agree as long as no retention, no import, no purge of replayed dead letters and nobody else has changed rows.
+    They agree as long as no retention, no purge of replayed dead letters and nobody else has changed rows.
     """
     row = connection.execute(
         "SELECT (SELECT coalesce(sum(committed_points), 0) FROM ingest_progress)"
