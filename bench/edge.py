@@ -91,7 +91,9 @@ def measure(case: str, dsn: str, options: argparse.Namespace, *, rate: float | N
                     if time.monotonic() - begun > 60:
                         raise rig.RigError(f"{accepted - stored} points of {accepted} were not stored after 60 s")
                     time.sleep(0.1)  # a count is a query: often enough for a figure in tenths
-                found["drained_after_s"] = round(time.monotonic() - begun, 2)
+                drained = time.monotonic() - begun
+                found["drained_after_s"] = round(drained, 2)
+                found["committed_points_per_second"] = round(accepted / (options.seconds + drained))
                 return found
     finally:
         shutil.rmtree(lane_dir, ignore_errors=True)
@@ -136,9 +138,13 @@ def main() -> int:
             open_loop = measure("one point, event loop", server.dsn, options, rate=half)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+    committed = {case: statistics.median(run["committed_points_per_second"] for run in runs[case]) for case in CASES}
     ratios = {name: round(rates[above] / rates[below], 3) for name, (above, below) in RATIOS.items()}
+    ratios |= {
+        f"{name}, committed": round(committed[above] / committed[below], 3) for name, (above, below) in RATIOS.items()
+    }
     for name, ratio in ratios.items():
-        print(f"{name:32} {ratio:.2f} (medians of {options.rounds})")
+        print(f"{name:40} {ratio:.2f} (medians of {options.rounds})")
     latency = open_loop["latency_ms"]
     print(f"at {half:,.0f} requests/s, open loop: p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms")
     configuration = {

@@ -86,11 +86,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.database_url is None:
         parser.error("--database-url or DATABASE_URL is needed")
-    if options.as_is:
-        result = measure(options.database_url, options)
-    else:
-        with trial.scratch(options.database_url) as url:
-            result = measure(url, options)
+    try:
+        if options.as_is:
+            result = measure(options.database_url, options)
+        else:
+            with trial.scratch(options.database_url) as url:
+                result = measure(url, options)
+    except psycopg.errors.InsufficientPrivilege as error:
+        parser.error(f"{error}: give the account that owns the tables, which may become orbitstream_read")
     slow = [each for each in result["panels"] if each["ms"] > options.bound]
     if options.json:
         print(json.dumps({**result, "bound_ms": options.bound, "slow": len(slow)}))

@@ -101,8 +101,8 @@ def latency(figures: Figures) -> tuple[str, bool]:
 
 
 def durable(figures: Figures) -> tuple[str, bool]:
-    got = figures["ratios"]["disk to process, 1,000 points"]
-    return f"{got:.2f}", got >= 0.9
+    accepted, got = (figures["ratios"][f"disk to process, 1,000 points{which}"] for which in ("", ", committed"))
+    return f"{got:.2f} committed; {accepted:.2f} accepted while it is overloaded", got >= 0.9
 
 
 def memory(figures: Figures) -> tuple[str, bool]:

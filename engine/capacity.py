@@ -4,8 +4,9 @@ A service of its own, with lanes of its own, on a scratch database: made on the 
 afterwards, or on a private embedded server when that is not set. In one run, so that ratios hold:
 
     ceiling      the same rows by COPY alone, before each trial: the most that the database takes
-    saturation   as many points as the edge takes: how fast the lanes drain, CPU a point of each stage
+    saturation   as many points as the edge takes: CPU a point of each stage
     knee         the highest rate with nothing refused and the p99 from arrival to commit under the bound
+    overload     twice the knee: how fast the lanes drain while they fill, and when they are full
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import psycopg
 from engine import rig
 from engine.rig import RigError
 from engine.settings import Settings
-from engine.trial import Bench, Ceiling, Trial, find_knee, scratch_database
+from engine.trial import Bench, Ceiling, Overload, Trial, find_knee, scratch_database
 
 CORES_SHOWN: Final = (1, 2, 4, 8, 16)
 
@@ -37,7 +38,7 @@ def add_command(commands: Any) -> None:
     """Add `capacity` to the command line."""
     command = commands.add_parser(
         "capacity",
-        help="measure how much this machine and database take, and what limits it (two minutes)",
+        help="measure how much this machine and database take, and what limits it (three minutes)",
         description="Load a service of its own on a scratch database of DATABASE_URL's server (or of a private one), "
         "find the knee, and store it in the capacity table of DATABASE_URL. Telemetry and lanes are not touched.",
     )
@@ -105,14 +106,15 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
         bench = Bench(service.pid, url, lane_dir, connection, options)
         _say("saturation")
         full = replace(bench.trial(0.0), copy=ceiling.measure())
-        points = bench.lane_points()
         _say(f"saturation: accepted {full.accepted:,.0f}/s, committed {full.committed:,.0f}/s; looking for the knee")
         knee, trials = find_knee(bench, full, options, ceiling.measure)
-    return describe(knee, full, trials, points, options)
+        _say(f"the knee: {knee.offered:,.0f}/s; twice as much")
+        over = bench.overload(2 * knee.offered)
+        return describe(knee, full, trials, over, options) | {"lane_points": round(bench.lane_points())}
 
 
 def describe(
-    knee: Trial, full: Trial, trials: list[Trial], lane_points: float, options: argparse.Namespace
+    knee: Trial, full: Trial, trials: list[Trial], over: Overload, options: argparse.Namespace
 ) -> dict[str, Any]:  # fmt: skip
     """Put the result together: what was measured, and what follows from it."""
     ours = {stage: full.cpu_us[stage] for stage in ("edge", "writer", "database")}
@@ -121,20 +123,19 @@ def describe(
     for cores in CORES_SHOWN:
         rate = cores / max(sum(ours.values()), 1e-9) * 1e6
         predicted[str(cores)] = {"points_per_second": round(rate), "writers": math.ceil(rate * serial / 1e6)}
-    arriving = min(2 * knee.offered, full.accepted)
-    growth = arriving - full.committed
+    until = over.seconds_until_full
     return {
         "knee_points_per_second": round(knee.offered),
         "knee_p99_ms": round(knee.p99_ms, 1),
-        "drain_points_per_second": round(full.committed),
         "edge_points_per_second": round(full.accepted),
         "copy_points_per_second": round(knee.copy),
         "knee_to_copy": round(knee.share, 3),
-        "drain_to_copy": round(full.committed / full.copy, 3),
+        "committed_at_saturation_to_copy": round(full.committed / full.copy, 3),
         "cpu_us_per_point": {stage: round(value, 3) for stage, value in full.cpu_us.items()},
         "predicted": predicted,
-        "lane_points": round(lane_points),
-        "seconds_until_full_at_twice_the_knee": round(lane_points / growth, 1) if growth > 0 else None,
+        "arriving_at_twice_the_knee": round(over.arriving),
+        "drain_points_per_second": round(over.draining),
+        "seconds_until_full_at_twice_the_knee": until and round(until, 1),
         "cores": len(os.sched_getaffinity(0)),
         "configuration": {
             name: getattr(options, name)

@@ -6,12 +6,13 @@ import argparse
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import psycopg
@@ -26,6 +27,11 @@ from engine.settings import Settings
 COPY_BATCHES: Final = (10_000, 50_000, 100_000)
 """Rows of one COPY and transaction; the best of them is the ceiling."""
 DRAIN_S: Final = 120.0
+LOOK_S: Final = 0.05
+OVERLOAD: Final = 3
+SETTLING: Final = 0.4
+"""How many times as long as other trials an overload is, and the share of it before lanes are taken to fill steadily:
+for some seconds a server that rested takes more than it can keep up."""
 FIRST_STEP: Final = 0.25
 STEP_POWER: Final = 0.8
 LOWEST: Final = 0.05
@@ -63,6 +69,30 @@ class Trial:
     def passes(self, bound_ms: float) -> bool:
         """Tell whether the service kept up: nothing refused, nothing late."""
         return not self.refused and self.p99_ms <= bound_ms and self.behind_s < 1.0
+
+
+class Look(NamedTuple):
+    """All lanes at one moment: time.monotonic(), points since they were made, and how full the fullest of them is."""
+
+    time: float
+    accepted: int
+    settled: int
+    fill: float
+    refused: int
+
+
+class Overload(NamedTuple):
+    """What a load came to while it lasted: points/s that arrived and that drained, and how much of the fullest lane
+    was filled a second."""
+
+    arriving: float
+    draining: float
+    filling: float
+
+    @property
+    def seconds_until_full(self) -> float | None:
+        """Return how long an empty lane lasts; None for one that does not fill."""
+        return 1 / self.filling if self.filling > 0 else None
 
 
 @contextmanager
@@ -240,6 +270,33 @@ class Bench:
             cpu_us=spent | {"simulator": report["cpu_seconds"] / max(report["sent"], 1) * 1e6},
         )
 
+    def overload(self, rate: float) -> Overload:
+        """Send `rate` points/s for a while and watch the lanes fill.
+
+        What drains after it, with the machine to itself, plays no part.
+        """
+        committed, looks = self._committed(), [self._look()]
+        with ThreadPoolExecutor(1) as pool:
+            flags = load_flags(rate, self._options) | {"--duration": OVERLOAD * self._options.seconds}
+            sending = pool.submit(rig.simulate, self._url, flags)
+            while not sending.done():
+                time.sleep(LOOK_S)
+                looks.append(self._look())
+            accepted = sending.result()["accepted"]
+        self._await(committed + accepted)
+        return steady(looks)
+
+    def _look(self) -> Look:
+        accepted = settled = refused = 0
+        fill = 0.0
+        for lane in lanes.open_lanes(self._lane_dir):
+            accepted += lane.published.points
+            settled += lane.settled_points
+            refused += lane.refused_points
+            fill = max(fill, lane.fill)
+            lane.close()
+        return Look(time.monotonic(), accepted, settled, fill, refused)
+
     def lane_points(self) -> float:
         """Return how many points the lanes hold."""
         room = sum(lane.capacity for lane in lanes.open_lanes(self._lane_dir))
@@ -269,6 +326,20 @@ class Bench:
         here = migrate.on_this_machine(self._connection)
         rows = self._connection.execute("SELECT pid FROM pg_stat_activity WHERE %s", [here]).fetchall()
         return rig.cpu_seconds(self._service, [row[0] for row in rows])
+
+
+def steady(looks: Sequence[Look]) -> Overload:
+    """Return a load's rates, lines of best fit from its settling until its end or the first refused point.
+
+    Raises RigError when there are too few looks to tell.
+    """
+    first = looks[0]
+    loaded = [now for before, now in pairwise(looks) if now.accepted > before.accepted and now.refused == first.refused]
+    begin = loaded[0].time + SETTLING * (loaded[-1].time - loaded[0].time) if loaded else 0.0
+    points = np.array([look for look in loaded if look.time >= begin])
+    if len(points) < 3:
+        raise RigError("the load was too short to see how fast the lanes fill: raise --seconds")
+    return Overload(*np.polyfit(points[:, 0] - begin, points[:, 1:4], 1)[0].tolist())
 
 
 def find_knee(

@@ -18,7 +18,7 @@ from typing import Final
 import psycopg
 
 from engine import heartbeat, lanes, logs, process, rows, settings
-from engine.backlog import Backlog
+from engine.backlog import POLL_S, Backlog
 from engine.columnstore import Columnstore
 from engine.connection import Connection, one_line, pause_after
 from engine.consumer import SealedConsumer
@@ -48,8 +48,6 @@ SWEEP_S: Final = 3600.0
 PROBE_S: Final = 2.0
 PATIENT_AFTER: Final = 4
 """Failures in a row from which on the time-outs double: a record that takes longer cannot be cut into smaller ones."""
-POLL_S: Final = 0.004
-"""Between two looks at idle lanes: adds half of itself to the latency; 250 looks a second cost 0.5 % of a core."""
 
 # SQLSTATE classes that say "the statement itself cannot succeed": repeating it at once would not help. 22 and 23 are
 # here for what is no row of a COPY, as a constraint that is checked at COMMIT.

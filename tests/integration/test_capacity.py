@@ -7,8 +7,10 @@ import json
 import random
 
 import psycopg
+import pytest
 
-from engine.trial import Bench, Trial, find_knee
+from engine.rig import RigError
+from engine.trial import Bench, Look, Overload, Trial, find_knee, steady
 from tests.service import Service
 
 
@@ -39,6 +41,20 @@ def test_the_share_of_copy_at_the_knee_is_found_on_a_machine_that_stumbles_and_s
         found.append(knee.share)
     found.sort()
     assert 0.66 < found[100] < 0.73 and 0.6 < found[20] < found[180] < 0.77, (found[20], found[180])
+
+
+def test_an_overload_is_judged_while_it_lasts() -> None:
+    def look(now: float) -> Look:  # from 1 s to 9 s 1,000 points/s, of which 400 drain; the lane has room for 3,600
+        accepted = 1000.0 * min(max(now - 1, 0), 8)
+        settled = 400.0 * max(now - 1, 0) if now < 9 else 3200 + 4000 * (now - 9)
+        return Look(now, int(accepted), int(settled), (accepted - settled) / 3600, 0 if now < 7 else 1)
+
+    over = steady([look(index / 20) for index in range(200)])
+    assert abs(over.arriving - 1000) < 1 and abs(over.draining - 400) < 1
+    assert over.seconds_until_full is not None and abs(over.seconds_until_full - 6) < 0.01
+    assert Overload(1000.0, 1000.0, 0.0).seconds_until_full is None
+    with pytest.raises(RigError, match="too short"):
+        steady([look(0.0), look(0.5), look(1.5)])
 
 
 def test_capacity_is_measured_beside_the_data_and_stored(service: Service) -> None:
