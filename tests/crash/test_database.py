@@ -61,10 +61,12 @@ def stored(service: Service) -> int | None:
 def test_a_database_that_is_away_is_waited_for(postgres: EmbeddedPostgres, lane_dir: Path) -> None:
     """202s until the lanes are full, then 503s; all of it is stored soon after the database is back."""
     with Service(postgres.dsn, lane_dir) as service:
-        service.start(ORBITSTREAM_LANE_BYTES="16MiB" if LONG else "1MiB")
+        service.start(ORBITSTREAM_LANE_BYTES="16MiB" if LONG else "4MiB")
         loads = loads_on(service)
-        postgres.stop()
         begun = time.monotonic()
+        stopping = threading.Thread(target=postgres.stop)  # it turns all away at once, and ends after its checkpoint
+        stopping.start()
+        eventually(lambda: service.get("/health")[0] == 503, 30, "the database away")
         marks = [len(load.accepted) for load in loads]
         eventually(lambda: all(len(load.accepted) > mark + 500 for load, mark in zip(loads, marks, strict=True)), 30)
         assert not any(load.refused for load in loads)
@@ -76,6 +78,7 @@ def test_a_database_that_is_away_is_waited_for(postgres: EmbeddedPostgres, lane_
         for load in loads:
             load.stop()
         accepted = sum(len(load.accepted) for load in loads)
+        stopping.join()
         postgres.start()
         back = time.monotonic()
         eventually(lambda: (stored(service) or 0) >= accepted, 30, "the lanes drained")
