@@ -132,6 +132,13 @@ def lane_dir() -> Iterator[Path]:
 
 
 @pytest.fixture
+def disk_dir() -> Iterator[Path]:
+    """A folder of this test's own that is on a disk, as /tmp need not be."""
+    with tempfile.TemporaryDirectory(prefix="os-lanes-", dir="/var/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def service(database: str, lane_dir: Path) -> Iterator[Service]:
     """`orbitstream serve`, not started yet, over a database and a lane directory of its own."""
     with Service(database, lane_dir) as running:

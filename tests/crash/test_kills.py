@@ -58,12 +58,12 @@ PASSINGS["drain-within-copy"] = 40  # more than the pieces of the largest COPY, 
 
 
 @pytest.mark.parametrize("name", [*PUBLISH, "publish-before-sync", *DRAIN])
-def test_a_death_at_each_step_of_publish_and_drain(service: Service, tmp_path: Path, name: str) -> None:
+def test_a_death_at_each_step_of_publish_and_drain(service: Service, disk_dir: Path, name: str) -> None:
     """Every process that reaches the step for the n-th time kills itself there, and so does its replacement.
 
     Where the server compresses COPY, the drains that die are some that go straight into the columnstore.
     """
-    durable = {"ORBITSTREAM_DURABILITY": "disk", "ORBITSTREAM_LANE_DIR": str(tmp_path)} if "sync" in name else {}
+    durable = {"ORBITSTREAM_DURABILITY": "disk", "ORBITSTREAM_LANE_DIR": str(disk_dir)} if "sync" in name else {}
     service.environment |= durable
     assert service.run("migrate").returncode == 0  # else the last death may come before the schema is there
     service.start(ORBITSTREAM_FAILPOINT=f"{name}:{PASSINGS.get(name, 25)}", healthy=False)

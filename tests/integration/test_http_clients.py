@@ -7,6 +7,7 @@ import gzip
 import json
 import socket
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +24,15 @@ BATCH = "/telemetry/batch"
 
 
 @pytest.fixture(scope="module", params=["eventloop", "gthread"])
-def service(server: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(server: str, request: pytest.FixtureRequest) -> Iterator[Service]:
     """One service of each worker class; every test knows its rows by a satellite id of its own."""
     name = f"test_clients_{request.param}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
         connection.execute(f"CREATE DATABASE {name}".encode())
     url = psycopg.conninfo.make_conninfo(server, dbname=name)
-    folder: Path = tmp_path_factory.mktemp(name, numbered=True)
-    with Service(url, folder) as running:
+    on_disk = tempfile.TemporaryDirectory(prefix="os-lanes-", dir="/var/tmp")  # /tmp may be memory
+    with on_disk as folder, Service(url, Path(folder)) as running:
         environment = {"ORBITSTREAM_WORKER_CLASS": request.param, "ORBITSTREAM_DURABILITY": "disk"}
         running.start(ORBITSTREAM_WORKERS="1", **environment)
         yield running
