@@ -291,6 +291,7 @@ def _print_status(report: dict[str, Any], config: Settings) -> None:
 
 def _drain(config: Settings, options: argparse.Namespace) -> int:
     limits.of_settings(config)  # what a writer could not read shall stop the start
+    lanes.expect(config.lane_dir)
     lanes.prepare(config.lane_dir, config.durability)
     with _sole_supervisor(config), _database(config) as (config, _):
         url = config.database_url

@@ -75,6 +75,12 @@ class Lock:
             self._fd = -1
 
 
+def expect(folder: Path) -> None:
+    """Refuse to say of a lane directory that is not there that nothing waits in it; raises LaneDirError."""
+    if not folder.is_dir():
+        raise LaneDirError(f"no lane directory {folder}: give the service's by --lane-dir or ORBITSTREAM_LANE_DIR")
+
+
 def prepare(folder: Path, durability: str = "process") -> None:
     """Make the lane directory, 0700, or check that the one that is there is ours alone; raises LaneDirError.
 

@@ -49,17 +49,9 @@ def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
         ) from error
 
 
-def _check_lane_dir(config: Settings) -> None:
-    """Refuse to say of a folder that is not there that all is well in it."""
-    if not config.lane_dir.is_dir():
-        raise OperateError(
-            f"no lane directory {config.lane_dir}: give the service's by --lane-dir or ORBITSTREAM_LANE_DIR"
-        )
-
-
 def verify_command(config: Settings, options: argparse.Namespace) -> int:
     """Print the conservation equation for each lane and in total; exit 1 when it does not hold."""
-    _check_lane_dir(config)
+    lanes.expect(config.lane_dir)
     with connection(config) as database:
         try:
             parts = list(verify.balances(database, config.lane_dir))
@@ -87,7 +79,7 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
 
 def lanes_command(config: Settings, options: argparse.Namespace) -> int:
     """List the lanes, or let one that was stopped go on."""
-    _check_lane_dir(config)
+    lanes.expect(config.lane_dir)
     if options.action == "resume":
         if options.lane is None:
             raise OperateError("which lane? `orbitstream lanes list` shows them")

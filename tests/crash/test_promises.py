@@ -64,8 +64,9 @@ def test_verify_holds_under_load_and_sees_a_point_that_is_missing(service: Servi
         assert (verified.returncode, report["holds"], report["total"]["residual"]) == (0, True, 0)
     finish(service, loads)
     service.query("UPDATE ingest_progress SET committed_points = committed_points - 1 WHERE position > 0 RETURNING 1")
-    elsewhere = service.run("verify", "--lane-dir", str(service.lane_dir / "elsewhere"))
-    assert elsewhere.returncode == 1 and "no lane directory" in elsewhere.stderr
+    for command in (["verify"], ["lanes", "list"], ["drain"]):
+        elsewhere = service.run(*command, "--lane-dir", str(service.lane_dir / "elsewhere"))
+        assert elsewhere.returncode == 2 and "no lane directory" in elsewhere.stderr
     shallow = service.run("verify")
     assert shallow.returncode == 1
     assert "residual 1" in shallow.stdout

@@ -301,6 +301,7 @@ def test_files_that_are_no_lanes_are_left_aside(service: Service, lane_dir: Path
 
 
 def test_a_relative_lane_directory_is_one_folder(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "lanes").mkdir(0o700)
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "engine", "drain"],
         env={**os.environ, **service.environment, "ORBITSTREAM_LANE_DIR": "lanes"},
