@@ -70,7 +70,7 @@ def overload(
     before = watched.lanes()
     watched.sample()
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(rig.simulate, url, trial.load_flags(rate, options))
+        sending = pool.submit(rig.simulate, url, trial.overload_flags(rate, options))
         while watched.lanes()[0] == before[0] and not sending.done():
             time.sleep(0.01)  # the lanes' headers are polled; ends with the load
         begun = next_look = time.monotonic()
@@ -126,7 +126,8 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
         flood = argparse.Namespace(**{**vars(options), "seconds": 1.5 * (until or 20) + 10})
         seen = overload(watched, url, 2 * knee, sampled, flood)
     return {
-        "capacity": {"knee": knee, "drain": found["drain_points_per_second"],
+        "capacity": {"knee": knee,
+                     "arriving": found["arriving_at_twice_the_knee"], "draining": found["drain_points_per_second"],
                      "seconds_until_full_of_these_lanes": until and round(until, 1),
                      "said_over_came": until and round(until / seen["seconds_until_full"], 3)},
         "half_the_knee": {"rate": round(rate["points/s"]), "head_room": room,

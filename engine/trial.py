@@ -28,10 +28,13 @@ COPY_BATCHES: Final = (10_000, 50_000, 100_000)
 """Rows of one COPY and transaction; the best of them is the ceiling."""
 DRAIN_S: Final = 120.0
 LOOK_S: Final = 0.05
-OVERLOAD: Final = 3
+OVERLOAD: Final = 2
 SETTLING: Final = 0.4
 """How many times as long as other trials an overload is, and the share of it before lanes are taken to fill steadily:
 for some seconds a server that rested takes more than it can keep up."""
+CONNECTIONS: Final = 64
+"""Of each process of the simulator in an overload: as many as a fleet's are spread evenly over the workers. Of 16 one
+worker may get 10 and another 6, and the lane of the one is full long before the other's."""
 FIRST_STEP: Final = 0.25
 STEP_POWER: Final = 0.8
 LOWEST: Final = 0.05
@@ -142,6 +145,11 @@ def load_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "--anomaly-rate": 0,
         "--quiet": True,
     }
+
+
+def overload_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the simulator's flags for more points/s than can be stored."""
+    return load_flags(rate, options) | {"--connections": CONNECTIONS}
 
 
 class Ceiling:
@@ -277,7 +285,7 @@ class Bench:
         """
         committed, looks = self._committed(), [self._look()]
         with ThreadPoolExecutor(1) as pool:
-            flags = load_flags(rate, self._options) | {"--duration": OVERLOAD * self._options.seconds}
+            flags = overload_flags(rate, self._options) | {"--duration": OVERLOAD * self._options.seconds}
             sending = pool.submit(rig.simulate, self._url, flags)
             while not sending.done():
                 time.sleep(LOOK_S)
