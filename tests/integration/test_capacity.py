@@ -77,7 +77,7 @@ def test_capacity_is_measured_beside_the_data_and_stored(service: Service) -> No
         running.execute(f"DROP DATABASE {used}".encode())
     result = json.loads(done.stdout)
     assert 0 < result["knee_to_copy"] <= 1.5 * result["committed_at_saturation_to_copy"]
-    assert result["arriving_at_twice_the_knee"] > 0 and result["drain_points_per_second"] > 0
+    assert result["arriving_at_twice_the_knee"] > 0
     assert result["copy_points_per_second"] > 0 and result["lane_points"] > 500_000
     assert all(result["cpu_us_per_point"][stage] > 0 for stage in ("edge", "writer", "database", "simulator"))
     assert result["predicted"]["4"]["points_per_second"] > 3 * result["predicted"]["1"]["points_per_second"]
