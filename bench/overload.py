@@ -26,7 +26,7 @@ from typing import Any
 import psycopg
 
 from bench import boards
-from engine import capacity, maintenance, migrate, rig, settings, stats, trial
+from engine import capacity, maintenance, migrate, rig, settings, trial
 
 CALM_S = 14.0
 SETTLED_S = 10.0
@@ -53,10 +53,8 @@ class Watched:
             [(size,)] = connection.execute("SELECT pg_database_size(current_database())").fetchall()
         return time.monotonic(), size
 
-    def lanes(self) -> tuple[int, int, int]:
-        """Return points accepted, settled and refused so far."""
-        lanes = stats.take(self._lane_dir).lanes
-        return sum(it.accepted for it in lanes), sum(it.settled for it in lanes), sum(it.refused for it in lanes)
+    def lanes(self) -> trial.Look:
+        return trial.look(self._lane_dir)
 
 
 def overload(
@@ -71,17 +69,17 @@ def overload(
     watched.sample()
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(rig.simulate, url, trial.overload_flags(rate, options))
-        while watched.lanes()[0] == before[0] and not sending.done():
+        while watched.lanes().accepted == before.accepted and not sending.done():
             time.sleep(0.01)  # the lanes' headers are polled; ends with the load
         begun = next_look = time.monotonic()
-        while (now := watched.lanes())[2] == before[2] and not sending.done():
+        while (now := watched.lanes()).refused == before.refused and not sending.done():
             if time.monotonic() >= next_look:
                 until = watched.board("capacity / 5 Seconds until full")["until full"]
                 said.append((time.monotonic() - begun, until))
                 next_look += 1.0
             time.sleep(0.02)  # the same
         full = time.monotonic() - begun
-        refused = now[2] > before[2]
+        refused = now.refused > before.refused
         grown = watched.sample()
         disk = watched.board("capacity / 52 Disk full in")["until full"]
         sending.result()
@@ -89,7 +87,8 @@ def overload(
     free = shutil.disk_usage(options.home).free
     return {
         "full": refused, "seconds_until_full": round(full, 1),
-        "arriving": round((now[0] - before[0]) / full), "draining": round((now[1] - before[1]) / full),
+        "arriving": round((now.accepted - before.accepted) / full),
+        "draining": round((now.settled - before.settled) / full),
         "board": [{"after_s": round(at, 1), "said_s": round(until, 1) if until else None, "came_s": round(full - at, 1)}
                   for at, until in said],
         "said_over_came": round(statistics.median(until / came for until, came in left), 3) if left else None,

@@ -281,7 +281,7 @@ class Loop:
                     settled = http_answer.render("200 OK", uncounted, committed, self._date, connection, head_only)
                 self._group.hold(client, held, settled)
             client.out.append(answer)
-        except Exception:
+        except Exception:  # whatever the app raises: this client is told, the others are served on
             log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
             client.closing = True
             client.out.append(http_answer.unknown(self._date))

@@ -35,7 +35,7 @@ def command(config: Settings, options: argparse.Namespace) -> int:
     """Show the engine until q or Ctrl-C; with --once a single report, as JSON with --json."""
     if options.once or options.json:
         before = stats.take(config.lane_dir)
-        time.sleep(INTERVAL_S)
+        time.sleep(INTERVAL_S)  # a rate needs two looks
         report = describe(before, stats.take(config.lane_dir))
         if options.json:
             print(json.dumps(report))

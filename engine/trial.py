@@ -283,27 +283,16 @@ class Bench:
 
         What drains after it, with the machine to itself, plays no part.
         """
-        committed, looks = self._committed(), [self._look()]
+        committed, looks = self._committed(), [look(self._lane_dir)]
         with ThreadPoolExecutor(1) as pool:
             flags = overload_flags(rate, self._options) | {"--duration": OVERLOAD * self._options.seconds}
             sending = pool.submit(rig.simulate, self._url, flags)
             while not sending.done():
-                time.sleep(LOOK_S)
-                looks.append(self._look())
+                time.sleep(LOOK_S)  # the lanes' headers are polled; ends with the load
+                looks.append(look(self._lane_dir))
             accepted = sending.result()["accepted"]
         self._await(committed + accepted)
         return steady(looks)
-
-    def _look(self) -> Look:
-        accepted = settled = refused = 0
-        fill = 0.0
-        for lane in lanes.open_lanes(self._lane_dir):
-            accepted += lane.published.points
-            settled += lane.settled_points
-            refused += lane.refused_points
-            fill = max(fill, lane.fill)
-            lane.close()
-        return Look(time.monotonic(), accepted, settled, fill, refused)
 
     def lane_points(self) -> float:
         """Return how many points the lanes hold."""
@@ -319,7 +308,7 @@ class Bench:
         while self._committed() < committed:
             if time.monotonic() > deadline:
                 raise RigError(f"the lanes did not drain in {DRAIN_S:.0f} s: see the service's log")
-            time.sleep(0.01)
+            time.sleep(0.01)  # the heartbeats are polled; until the deadline
 
     def _committed(self) -> int:
         return sum(beat.committed_points for beat in heartbeat.read_all(self._lane_dir))
@@ -334,6 +323,19 @@ class Bench:
         here = migrate.on_this_machine(self._connection)
         rows = self._connection.execute("SELECT pid FROM pg_stat_activity WHERE %s", [here]).fetchall()
         return rig.cpu_seconds(self._service, [row[0] for row in rows])
+
+
+def look(lane_dir: Path) -> Look:
+    """Read the headers of all lanes."""
+    accepted = settled = refused = 0
+    fill = 0.0
+    for lane in lanes.open_lanes(lane_dir):
+        accepted += lane.published.points
+        settled += lane.settled_points
+        refused += lane.refused_points
+        fill = max(fill, lane.fill)
+        lane.close()
+    return Look(time.monotonic(), accepted, settled, fill, refused)
 
 
 def steady(looks: Sequence[Look]) -> Overload:

@@ -81,7 +81,7 @@ def balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
         if queued is not None:
             settled = (committed, deduplicated, dead_lettered, forgone)
             return Balance(lane.path.name, published.points, *settled, queued, answered)
-        time.sleep(0.01)
+        time.sleep(0.01)  # for the writer to get out of the way; ATTEMPTS times at most
     raise VerifyError(f"{lane.path.name} moves too fast to be looked at: verify again under less load")
 
 

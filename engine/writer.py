@@ -93,7 +93,7 @@ class Writer:
             stored = self.pass_over(now)
             self.record()
             if not stored:
-                time.sleep(POLL_S)
+                time.sleep(POLL_S)  # a producer wakes nobody: that would cost it a system call a request
             self.put_latest()
         self.record(ending=True)
         self.put_latest(ending=True)

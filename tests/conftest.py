@@ -22,7 +22,7 @@ import pytest
 from engine import migrate
 from tests import long_run
 from tests.servers import editions
-from tests.service import Service
+from tests.service import Service, folder_on_disk
 
 GIVEN_URL = os.environ.get("ORBITSTREAM_TEST_DATABASE_URL")
 EDITIONS = os.environ.get("ORBITSTREAM_TEST_EDITIONS", "plain").split(",")
@@ -133,9 +133,9 @@ def lane_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def disk_dir() -> Iterator[Path]:
-    """A folder of this test's own that is on a disk, as /tmp need not be."""
-    with tempfile.TemporaryDirectory(prefix="os-lanes-", dir="/var/tmp") as folder:
-        yield Path(folder)
+    """A folder of this test's own that is on a disk."""
+    with folder_on_disk() as folder:
+        yield folder
 
 
 @pytest.fixture

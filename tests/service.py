@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,13 @@ POINT = {
     "storage_usage_mb": 1000,
     "signal_strength_dbm": -70,
 }
+
+
+@contextmanager
+def folder_on_disk() -> Iterator[Path]:
+    """Make a folder that is on a disk, as /tmp need not be, and remove it afterwards."""
+    with tempfile.TemporaryDirectory(prefix="os-lanes-", dir="/var/tmp") as folder:
+        yield Path(folder)
 
 
 def eventually(happened: Callable[[], Any], seconds: float = 10.0, what: str = "") -> Any:

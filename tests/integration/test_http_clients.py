@@ -7,10 +7,8 @@ import gzip
 import json
 import socket
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,7 +16,7 @@ import psycopg
 import pytest
 import requests
 
-from tests.service import POINT, Service, eventually
+from tests.service import POINT, Service, eventually, folder_on_disk
 
 BATCH = "/telemetry/batch"
 
@@ -31,8 +29,7 @@ def service(server: str, request: pytest.FixtureRequest) -> Iterator[Service]:
         connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)".encode())
         connection.execute(f"CREATE DATABASE {name}".encode())
     url = psycopg.conninfo.make_conninfo(server, dbname=name)
-    on_disk = tempfile.TemporaryDirectory(prefix="os-lanes-", dir="/var/tmp")  # /tmp may be memory
-    with on_disk as folder, Service(url, Path(folder)) as running:
+    with folder_on_disk() as folder, Service(url, folder) as running:
         environment = {"ORBITSTREAM_WORKER_CLASS": request.param, "ORBITSTREAM_DURABILITY": "disk"}
         running.start(ORBITSTREAM_WORKERS="1", **environment)
         yield running
