@@ -348,7 +348,10 @@ def test_progress_goes_to_stderr_and_one_line_of_words_to_stdout(
 ) -> None:
     assert main(["--api-url", server.url, "--rate", "1", "--duration", "1.3", "--anomaly-rate", "0"]) == 0
     captured = capsys.readouterr()
-    assert re.fullmatch(r"sent 130 points in 1\.\d s: 130 accepted \(1\d\d/s\), 0 refused, .*\n", captured.out)
+    words = re.fullmatch(r"sent 130 points in (1\.\d) s: 130 accepted \((\d+)/s\), 0 refused, .*\n", captured.out)
+    assert (
+        words and abs(130 / int(words[2]) - float(words[1])) < 0.06
+    )  # 100/s, on a busy machine 99; the time is rounded
     assert re.search(r"^  1 s  \d+ points sent  \d+ accepted  0 refused  \d+/s$", captured.err, re.MULTILINE)
 
 
