@@ -30,13 +30,13 @@ BEGIN, END = "<!-- targets: python -m bench.targets -->", "<!-- /targets -->"
 # Results: the command that makes them, and whether it needs the columnstore.
 RUNS: Final[dict[str, tuple[str, bool]]] = {
     "client": ("bench.client --seconds 3", False),
-    "ingest-rowstore": ("bench.ingest --writers 2 --fleets 1000 --rounds 3 --seconds 8", False),
+    "ingest-rowstore": ("bench.ingest --writers 2 --fleets 1000 --rounds 5 --seconds 8", False),
     "latency": ("bench.ingest --rate 10000 --batch 100 --fleets 1000 --seconds 30", False),
     "edge": ("bench.edge --seconds 4 --rounds 5", False),
     "ingest-columnstore": ("bench.ingest --writers 2 --fleets 100 100000 --rounds 3 --seconds 8", True),
     "ingest-arrow": ("bench.ingest --writers 2 --format arrow --fleets 1000 --rounds 3 --seconds 8", True),
     "ingest-arrow-large": (
-        "bench.ingest --writers 2 --format arrow --batch 10000 --fleets 1000 --rounds 3 --seconds 8",
+        "bench.ingest --writers 2 --format arrow --batch 10000 --fleets 1000 --rounds 5 --seconds 8",
         True,
     ),
     "memory": ("bench.ingest --fleets 1000 --seconds 150", True),
