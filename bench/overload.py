@@ -3,10 +3,9 @@
 python -m bench.overload [--database-url postgresql://...]
 
 At half the knee the board's head-room is compared with the knee. At twice the knee its seconds until full, asked for
-each second, are compared with the seconds until the first point is answered 503 (the median of three such loads, as
-many as `capacity` takes the median of: one alone may fall into a change of pace of the machine), and the time until the
-disk is full with the growth of the database since the first sample. On a server whose rate swings, as one does that
-compresses on cores it shares with the load, nothing fills steadily: the private one without TimescaleDB is the clearer.
+each second, are compared with the seconds until the first point is answered 503, and the time until the disk is full
+with the growth of the database since the first sample. On a server whose rate swings, as one does that compresses on
+cores it shares with the load, nothing fills steadily: the private one without TimescaleDB is the clearer.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from bench import boards
 from engine import capacity, maintenance, migrate, rig, settings, trial
 
 CALM_S = 14.0
-EMPTY_S = 120.0
 SETTLED_S = 10.0
 """So long after its start an overload is judged: the board's line through the lanes' use is as long."""
 
@@ -57,14 +55,6 @@ class Watched:
 
     def lanes(self) -> trial.Look:
         return trial.look(self._lane_dir)
-
-    def wait_until_empty(self) -> None:
-        """Wait until the database has all that was accepted; raises RigError after EMPTY_S."""
-        deadline = time.monotonic() + EMPTY_S
-        while (now := self.lanes()).settled < now.accepted:
-            if time.monotonic() > deadline:
-                raise rig.RigError(f"the lanes did not drain in {EMPTY_S:.0f} s: see the service's log")
-            time.sleep(0.05)  # the lanes' headers are polled; until the deadline
 
 
 def overload(
@@ -133,21 +123,15 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
             sending.result()
         rig.say("overload", f"{knee / 2:,.0f}/s: head-room {room}; now {2 * knee:,.0f}/s")
         flood = argparse.Namespace(**{**vars(options), "seconds": 1.5 * (until or 20) + 10})
-        seen = []
-        for _ in range(capacity.OVERLOADS):
-            watched.wait_until_empty()
-            seen.append(overload(watched, url, 2 * knee, sampled, flood))
-    came = statistics.median(each["seconds_until_full"] for each in seen)
-    said = [each["said_over_came"] for each in seen if each["said_over_came"] is not None]
+        seen = overload(watched, url, 2 * knee, sampled, flood)
     return {
         "capacity": {"knee": knee,
                      "arriving": found["arriving_at_twice_the_knee"], "draining": found["drain_points_per_second"],
                      "seconds_until_full_of_these_lanes": until and round(until, 1),
-                     "said_over_came": until and round(until / came, 3)},
+                     "said_over_came": until and round(until / seen["seconds_until_full"], 3)},
         "half_the_knee": {"rate": round(rate["points/s"]), "head_room": room,
                           "knee_over_rate": round(knee / rate["points/s"], 2)},
-        "twice_the_knee": {"seconds_until_full": came, "said_over_came": statistics.median(said) if said else None,
-                           "each": seen},
+        "twice_the_knee": seen,
     }  # fmt: skip
 
 

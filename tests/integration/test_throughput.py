@@ -56,7 +56,7 @@ def test_full_load_loses_nothing_and_memory_is_flat_after_the_first_lap(service:
     samples: list[dict[str, int]] = []
     for _ in range(80):
         samples.append({name: anonymous_kb(pid) for name, pid in pids.items()})
-        time.sleep(0.1)
+        time.sleep(0.1)  # samples over eight seconds: the slope of memory is what is asked
     simulator.send_signal(signal.SIGINT)
     assert simulator.stdout is not None
     report = json.loads(simulator.stdout.read())
