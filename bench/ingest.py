@@ -13,7 +13,10 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,11 @@ from simulator.load import Plan
 
 FLEETS = (100, 10_000, 100_000)
 STAGES = ("edge", "writer", "maintenance", "supervisor")
-WARM_UP_S = 1.0
+WARM_UP_S = 8.0
 PARSING_S = 1.0
 HISTORY_BATCH = 100_000
 HISTORY_DAYS = 10
+HISTORY_PAIRS = 5
 
 
 def orjson_us(batch: int) -> float:
@@ -92,36 +96,52 @@ def store(connection: psycopg.Connection[Any], columnstore: Columnstore, columns
         columnstore.copy(cursor, columns, copy_format.encode(columns, columns.time))
 
 
-def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one size of fleet on a database and a service of its own."""
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A database and a service of one's own, and the bench that loads them."""
+
+    dsn: str
+    connection: psycopg.Connection[Any]
+    service: int
+    bench: trial.Bench
+
+
+@contextmanager
+def stage(satellites: int, options: argparse.Namespace, name: str = "bench") -> Iterator[Stage]:
+    """Yield an empty database and a service that have worked before; `name`: of their folders.
+
+    What service, server and kernel do once is no part of a rate. Most of it is memory: a page of the server's buffers
+    that was never in use is cleared first, an eighth of the CPU that a row of the row store takes then.
+    """
     config = settings.load({"DATABASE_URL": options.database_url} if options.database_url else {})
-    home = rig.private_folder(Path("/tmp"), "orbitstream-bench")
-    lane_dir = rig.private_folder(Path("/dev/shm"), "orbitstream-bench", 0o700)
+    home = rig.private_folder(Path("/tmp"), f"orbitstream-{name}")
+    lane_dir = rig.private_folder(Path("/dev/shm"), f"orbitstream-{name}", 0o700)
     flags = argparse.Namespace(**{**vars(options), "satellites": satellites})
     try:
         with trial.scratch_database(config, home) as dsn, psycopg.connect(dsn, autocommit=True) as connection:
-            ceiling = trial.Ceiling(dsn, satellites, options.writers, seconds=min(options.seconds / 4, 3.0))
             overrides = rig.overrides(dsn, lane_dir, flags.workers, flags.writers)
             with rig.service(overrides, lane_dir) as (service, url):
-                # What is done once, by service and database, is no part of the rate.
-                warm = argparse.Namespace(**{**vars(flags), "seconds": WARM_UP_S})
+                warm = argparse.Namespace(**{**vars(flags), "seconds": min(options.seconds, WARM_UP_S)})
                 trial.Bench(service.pid, url, lane_dir, connection, warm).trial(options.rate)
-                bench = trial.Bench(service.pid, url, lane_dir, connection, flags)
-                memory = Memory(service.pid)
-                found = bench.trial(options.rate)
-                sizes = memory.stop()
-                filled = None
-                if options.history:
-                    empty = [found, bench.trial(options.rate)]
-                    add_history(connection, options.history, satellites)
-                    filled = [bench.trial(options.rate) for _ in empty]
-                else:
-                    ceiling.measure()
-            edition = str(migrate.find_edition(connection))
+                trial.empty(dsn, checkpoint=True)
+                yield Stage(dsn, connection, service.pid, trial.Bench(service.pid, url, lane_dir, connection, flags))
     finally:
         shutil.rmtree(lane_dir, ignore_errors=True)
         shutil.rmtree(home, ignore_errors=True)
-    figures = {
+
+
+def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one size of fleet, and, as long as that, COPY alone before and after: about as many rows."""
+    with stage(satellites, options) as on:
+        ceiling = trial.Ceiling(on.dsn, satellites, options.writers, seconds=min(options.seconds, WARM_UP_S))
+        ceiling.measure()
+        trial.empty(on.dsn, checkpoint=True)  # as COPY alone finds it
+        memory = Memory(on.service)
+        found = on.bench.trial(options.rate)
+        sizes = memory.stop()
+        ceiling.measure()
+        edition = str(migrate.find_edition(on.connection))
+    return {
         "satellites": satellites,
         "server": edition,
         "accepted_per_second": round(found.accepted),
@@ -135,10 +155,20 @@ def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
         "committed_to_cpu": round(found.committed / cpu_bound(found.cpu_us), 3),
         "memory": sizes,
     }
-    if filled is not None:
-        rates = [statistics.mean(each.committed for each in trials) for trials in (empty, filled)]
-        figures["filled_to_empty"] = round(rates[1] / rates[0], 3)
-    return figures
+
+
+def filled_to_empty(satellites: int, options: argparse.Namespace) -> list[float]:
+    """Return the rate on a table with a history over that on an empty one, of pairs of trials that follow each other.
+
+    Two databases, each with its service, are loaded in turns, so that a machine that changes its pace takes both along.
+    """
+    with stage(satellites, options) as empty, stage(satellites, options, "history") as filled:
+        add_history(filled.connection, options.history, satellites)
+        found = []
+        for turn in range(HISTORY_PAIRS):
+            pair = {on.dsn: on.bench.trial(options.rate).committed for on in (empty, filled)[:: -1 if turn % 2 else 1]}
+            found.append(round(pair[filled.dsn] / pair[empty.dsn], 3))
+    return found
 
 
 def cpu_bound(cpu_us: dict[str, float]) -> float:
@@ -189,6 +219,9 @@ def main() -> int:
         found["cpu_to_orjson"] = round(ours / floor, 2)
         if options.format == "json":
             found["share_of_copy_if_only_parsed"] = round(share_if_only_parsed(found), 3)
+        if options.history:
+            pairs = filled_to_empty(satellites, options)
+            found["filled_to_empty"] = {"median": statistics.median(pairs), "pairs": pairs}
         figures.append(found)
         print(
             f"{satellites:>7,} satellites: committed {found['committed_per_second']:,}/s, "

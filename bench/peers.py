@@ -84,7 +84,7 @@ def main() -> int:
         with rig.private_database(home, lambda message: None) as server:
             migrate.migrate(settings.load({}), server.dsn, lambda message: None)
             ceiling = trial.Ceiling(server.dsn, options.satellites, 1, seconds=options.seconds / 2)
-            figures["copy alone"] = ceiling.rows_per_second
+            figures["copy alone"] = ceiling.measure()
             overrides = rig.overrides(server.dsn, lane_dir, options.workers, options.writers)
             with rig.service(overrides, lane_dir) as (service, url), psycopg.connect(server.dsn) as connection:
                 connection.autocommit = True

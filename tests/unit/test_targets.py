@@ -23,18 +23,20 @@ def ingested(committed: float, straight: float = 1.0) -> dict[str, Any]:
 def test_results_become_rows_that_say_whether_a_target_is_met(tmp_path: Path) -> None:
     results.save("ingest-rowstore", {}, ingested(160_000), tmp_path)
     results.save("ingest-arrow", {}, ingested(900_000, straight=0.1), tmp_path)
-    results.save("history", {}, {"fleets": [{"filled_to_empty": 0.89}]}, tmp_path)
+    results.save(
+        "history", {}, {"fleets": [{"filled_to_empty": {"median": 0.89, "pairs": [0.95, 0.89, 0.8]}}]}, tmp_path
+    )
     rows = {target.run: row for target, row in zip(targets.TARGETS, targets.table(tmp_path), strict=True)}
     assert rows["ingest-rowstore"][2:4] == ("160,000 points/s, 0.90; 97% of what the cores can do", "yes")
     assert rows["ingest-arrow"][3] == "no", "what went into the row store is no figure of the columnstore"
-    assert rows["history"][2:4] == ("0.89", "no")
+    assert rows["history"][2:4] == ("0.89 (0.80 to 0.95)", "no")
     assert rows["latency"][2:4] == ("not measured", "")
     readme = tmp_path / "README.md"
     for _ in range(2):  # what was written is replaced
         readme.write_text(readme.read_text() if readme.exists() else f"before\n{targets.BEGIN}\n{targets.END}\nafter\n")
         targets.write_readme(list(rows.values()), targets.footnote(tmp_path), readme)
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and text.count("| 0.89 | no |") == 1
+    assert text.startswith("before\n") and text.endswith("after\n") and text.count("| 0.89 (0.80 to 0.95) | no |") == 1
 
 
 def test_readme_has_a_row_for_every_target_and_the_results_behind_it() -> None:
