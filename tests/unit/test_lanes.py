@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -56,6 +57,37 @@ def test_a_lock_is_free_once_its_holder_was_killed(lane_dir: Path) -> None:
         holder.wait()
     eventually(lock.acquire, 5)
     lock.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another user")
+def test_root_resumes_a_lane_for_the_owner_of_the_folder(lane_dir: Path) -> None:
+    service = pwd.getpwnam("nobody")
+    producer, producer_lock = claim_producer(lane_dir, CAPACITY, LAYOUT)
+    archive = lane_dir / lanes.ARCHIVE
+    archive.mkdir()
+    archived = archive / f"{producer.lane.uuid}.ring"
+    producer.lane.path.rename(archived)
+    producer_lock.release()
+    for path in [lane_dir, archive, archived]:
+        os.chown(path, service.pw_uid, service.pw_gid)
+    for left in lane_dir.glob("lane-*"):
+        left.unlink()
+    brought = lanes.bring_back(archived)
+    claimed = claim_consumer(brought)
+    assert claimed is not None
+    claimed[1].release()
+    made = sorted(path.name for path in lane_dir.glob("lane-*"))
+    assert made == ["lane-0000.consumer", "lane-0000.producer", "lane-0000.ring"]
+    assert {(lane_dir / name).stat().st_uid for name in made} == {service.pw_uid}, "the service could not open it"
+
+
+def test_a_lock_follows_no_link(lane_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("kept")
+    (lane_dir / "lane-0000.consumer").symlink_to(other)
+    with pytest.raises(OSError, match="symbolic links"):
+        lanes.Lock(lane_dir / "lane-0000.consumer").acquire()
+    assert other.read_text() == "kept"
 
 
 def test_only_one_consumer(lane_dir: Path) -> None:
