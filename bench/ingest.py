@@ -36,6 +36,7 @@ from simulator.load import Plan
 FLEETS = (100, 10_000, 100_000)
 STAGES = ("edge", "writer", "maintenance", "supervisor")
 WARM_UP_S = 8.0
+"""How long the warm-up lasts, and COPY alone, at most."""
 PARSING_S = 4.0
 HISTORY_BATCH = 100_000
 HISTORY_DAYS = 10
@@ -132,7 +133,7 @@ def stage(satellites: int, options: argparse.Namespace, name: str = "bench") -> 
 
 
 def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one size of fleet, and, as long as that, COPY alone before and after: about as many rows."""
+    """Measure one size of fleet, and COPY alone before and after: of a load of WARM_UP_S about as many rows."""
     with stage(satellites, options) as on:
         ceiling = trial.Ceiling(on.dsn, satellites, options.writers, seconds=min(options.seconds, WARM_UP_S))
         ceiling.measure()
@@ -225,10 +226,11 @@ def main() -> int:
             pairs = filled_to_empty(satellites, options)
             found["filled_to_empty"] = {"median": statistics.median(pairs), "pairs": pairs}
         figures.append(found)
+        ours = sum(found["cpu_us_per_point"][stage] for stage in STAGES)
         print(
             f"{satellites:>7,} satellites: committed {found['committed_per_second']:,}/s, "
             f"{found['committed_to_copy']:.2f} of COPY alone, {found['straight_to_columnstore']:.0%} straight to the "
-            f"columnstore, p99 to commit {found['commit_ms']['p99']:.0f} ms, "
+            f"columnstore, p99 to commit {found['commit_ms']['p99']:.0f} ms, CPU {ours:.2f} us a point, "
             f"{found['cpu_to_orjson']:.1f} times orjson.loads",
             flush=True,
         )

@@ -4,10 +4,8 @@ python -m bench.overload [--database-url postgresql://...]
 
 At half the knee the board's head-room is compared with the knee. At twice the knee its seconds until full, asked for
 each second, are compared with the seconds until the first point is answered 503, and the time until the disk is full
-with the growth of the database since the first sample. The overloads of `orbitstream capacity`, which foretell this
-one, are repeated after it, and their mean is compared: a machine that changes its pace within these minutes does so
-between the one and the other. On a server whose rate swings, as one does that compresses on cores it shares with the
-load, nothing fills steadily: the private one without TimescaleDB is the clearer.
+with the growth of the database since the first sample. On a server whose rate swings, as one does that compresses on
+cores it shares with the load, nothing fills steadily: the private one without TimescaleDB is the clearer.
 """
 
 from __future__ import annotations
@@ -109,9 +107,10 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
     capacity.store(config, {**found, "node": config.node})
     shutil.rmtree(lane_dir)
     lane_dir.mkdir(mode=0o700)
+    knee, until = found["knee_points_per_second"], found["seconds_until_full_at_twice_the_knee"]
     # Of smaller lanes, or it takes minutes on a slow machine.
-    smaller = options.lane_bytes / settings.load({}).lane_bytes
-    knee, until = found["knee_points_per_second"], [found["seconds_until_full_at_twice_the_knee"]]
+    lanes = settings.load({}).lane_bytes
+    until = until and until * options.lane_bytes / lanes
     environment = rig.overrides(dsn, lane_dir, options.workers, options.writers)
     with rig.service(environment | {"ORBITSTREAM_LANE_BYTES": str(options.lane_bytes)}, lane_dir) as (_, url):
         watched = Watched(dsn, lane_dir)
@@ -123,22 +122,13 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
             room, rate = watched.board("capacity / 3 Head-room"), watched.board("capacity / 1 Committed now")
             sending.result()
         rig.say("overload", f"{knee / 2:,.0f}/s: head-room {room}; now {2 * knee:,.0f}/s")
-        flood = argparse.Namespace(**{**vars(options), "seconds": 1.5 * (until[0] or 20) * smaller + 10})
+        flood = argparse.Namespace(**{**vars(options), "seconds": 1.5 * (until or 20) + 10})
         seen = overload(watched, url, 2 * knee, sampled, flood)
-    shutil.rmtree(lane_dir)
-    lane_dir.mkdir(mode=0o700)
-    with rig.service(environment, lane_dir) as (service, url), psycopg.connect(dsn, autocommit=True) as connection:
-        bench = trial.Bench(service.pid, url, lane_dir, connection, options)
-        bench.trial(0.0)  # capacity's service has worked before, too
-        trial.empty(dsn, checkpoint=True)
-        until.append(capacity.overload(bench, 2 * knee).seconds_until_full)
-    foretold = [seconds and round(seconds * smaller, 1) for seconds in until]
-    mean = None if None in foretold else statistics.mean(foretold)
     return {
         "capacity": {"knee": knee,
                      "arriving": found["arriving_at_twice_the_knee"], "draining": found["drain_points_per_second"],
-                     "seconds_until_full_of_these_lanes": foretold,
-                     "said_over_came": mean and round(mean / seen["seconds_until_full"], 3)},
+                     "seconds_until_full_of_these_lanes": until and round(until, 1),
+                     "said_over_came": until and round(until / seen["seconds_until_full"], 3)},
         "half_the_knee": {"rate": round(rate["points/s"]), "head_room": room,
                           "knee_over_rate": round(knee / rate["points/s"], 2)},
         "twice_the_knee": seen,

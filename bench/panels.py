@@ -53,6 +53,7 @@ def ask(url: str, satellite: str, repeat: int, end: datetime) -> Iterator[dict[s
         for query in boards.all_queries():
             view = opened.view(interval=query.interval, satellites=(satellite,))
             found = len(opened.ask(query.sql, view)[1])
+            # The lambda is called within the turn that makes it.
             taken = [boards.timed(lambda: opened.ask(query.sql, view)) for _ in range(repeat)]  # noqa: B023
             yield {"panel": query.name, "rows": found, "ms": round(statistics.median(taken), 1)}
 

@@ -5,6 +5,7 @@ A round handles POINTS points; divide by them for the cost of one.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -94,15 +95,14 @@ def test_copy(benchmark: Any, database: psycopg.Connection[Any]) -> None:
         points = copy_format.take(points, copy_format.order(points))
         bodies.append(copy_format.encode(points, np.full(COPIED, points.time[0])))
     names = ", ".join(copy_format.column_names(columns(1)))
+    turns = itertools.cycle(bodies)
 
     def copy() -> None:
         with database.transaction(), database.cursor() as cursor:
             statement = f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)"
             with cursor.copy(statement.encode()) as stream:
-                stream.write(bodies[copy.number % len(bodies)])  # type: ignore[attr-defined]
-        copy.number += 1  # type: ignore[attr-defined]
+                stream.write(next(turns))
 
-    copy.number = 0  # type: ignore[attr-defined]
     benchmark.pedantic(copy, rounds=20, warmup_rounds=1)
     row = database.execute("SELECT count(*) FROM telemetry").fetchone()
     assert row is not None and row[0] == COPIED * 21

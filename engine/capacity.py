@@ -112,14 +112,9 @@ def measure(dsn: str, lane_dir: Path, options: argparse.Namespace) -> dict[str, 
         _say(f"saturation: accepted {full.accepted:,.0f}/s, committed {full.committed:,.0f}/s; looking for the knee")
         knee, trials = find_knee(bench, full, options, ceiling.measure)
         _say(f"the knee: {knee.offered:,.0f}/s; twice as much")
-        over = overload(bench, 2 * knee.offered)
+        overloads = [bench.overload(2 * knee.offered) for _ in range(OVERLOADS)]
+        over = Overload(*(statistics.median(rates) for rates in zip(*overloads, strict=True)))
         return describe(knee, full, trials, over, options) | {"lane_points": round(bench.lane_points())}
-
-
-def overload(bench: Bench, rate: float) -> Overload:
-    """Return what `rate` points/s come to, more than can be stored."""
-    overloads = [bench.overload(rate) for _ in range(OVERLOADS)]
-    return Overload(*(statistics.median(rates) for rates in zip(*overloads, strict=True)))
 
 
 def describe(

@@ -107,7 +107,7 @@ class EmbeddedPostgres:
                 if not self._adopt(progress):
                     self._launch(progress)
                 self._create_database()
-            except BaseException:
+            except BaseException:  # Ctrl-C too: nothing of ours is left running
                 self.stop()
                 raise
         except (OSError, subprocess.SubprocessError, psycopg.Error) as error:

@@ -176,7 +176,7 @@ def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool 
         try:
             if not path.exists():
                 _create(path, capacity, layout, boot)
-        except BaseException:
+        except BaseException:  # a signal's too: a lock that nobody holds on to would keep the lane from others
             lock.release()
             raise
         try:
@@ -223,7 +223,7 @@ def claim_consumer(path: Path) -> tuple[Consumer, Lock] | None:
     except FileNotFoundError:
         lock.release()
         return None
-    except BaseException:
+    except BaseException:  # the same
         lock.release()
         raise
     # What an operator resumed is read like a sealed lane: records behind the tail, some of them overwritten since.

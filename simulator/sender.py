@@ -291,7 +291,7 @@ def die_with(parent: int) -> None:
 def main() -> int:
     """Run as a sender process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control, output = open(0, "rb", buffering=0, closefd=False), sys.stdout.buffer  # noqa: SIM115
+    control, output = open(0, "rb", buffering=0, closefd=False), sys.stdout.buffer  # noqa: SIM115 - as long as we live
     job = Job.from_line(control.readline())
     die_with(job.parent)
     spool: Spool | None = None
