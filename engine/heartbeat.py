@@ -222,15 +222,17 @@ def forget(folder: Path, writers: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def read(path: Path) -> Heartbeat | None:
+    """Map a writer's status file for reading; None if it was removed, or its writer has not given it its size yet."""
+    try:
+        return Heartbeat(path)
+    except (OSError, ValueError):
+        return None
+
+
 def read_all(folder: Path) -> list[Heartbeat]:
     """Map the status files of all writers of a lane directory."""
-    found = []
-    for path in sorted(folder.glob("writer-*.beat")):
-        try:
-            found.append(Heartbeat(path))
-        except (OSError, ValueError):  # removed, or not yet of its size
-            continue
-    return found
+    return [beat for path in sorted(folder.glob("writer-*.beat")) if (beat := read(path)) is not None]
 
 
 def quantiles_ms(bins: Bins, edges: Floats, shares: Sequence[float]) -> list[float]:

@@ -157,9 +157,8 @@ def _begins_with(lane: Lane, position: int, head: int, points: int) -> bool:
 
 def _writers(folder: Path) -> Iterator[WriterSample]:
     for path in sorted(folder.glob("writer-*.beat")):
-        try:
-            beat = heartbeat.Heartbeat(path)
-        except (OSError, ValueError):  # removed, or not yet of its size
+        beat = heartbeat.read(path)
+        if beat is None:
             continue
         state = State(beat.state)
         yield WriterSample(

@@ -228,8 +228,8 @@ class Supervisor:
 
     def _beat(self, index: int) -> Heartbeat | None:
         path = heartbeat.beat_file(self.config.lane_dir, index)
-        if path.name not in self.beats and path.exists():
-            self.beats[path.name] = Heartbeat(path)
+        if path.name not in self.beats and (beat := heartbeat.read(path)) is not None:
+            self.beats[path.name] = beat
         return self.beats.get(path.name)
 
     # -- stopping

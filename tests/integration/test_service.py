@@ -263,6 +263,15 @@ def test_points_stay_in_the_lanes_over_a_stop_without_the_database(service: Serv
     assert service.run("drain").stdout.startswith("stored 0 points")
 
 
+def test_a_status_file_that_has_not_got_its_size_stops_nobody(service: Service) -> None:
+    """As a tick of the supervisor finds it while the writer makes it, or as a writer killed just then leaves it."""
+    heartbeat.beat_file(service.lane_dir, 0).touch(0o600)
+    service.start()
+    assert service.post("/telemetry", POINT)[0] == 202
+    assert service.stop() == 0
+    assert service.count() == 1
+
+
 def test_a_damaged_record_is_told_and_those_before_it_are_stored(service: Service, server: str) -> None:
     name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
     service.start(ORBITSTREAM_WORKERS="1", ORBITSTREAM_DRAIN_TIMEOUT="0s")
