@@ -128,15 +128,10 @@ def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> No
     Raises LaneStoppedError for a lane of another database, or of this one at a later time than it is now (restored).
     """
     lane = source.lane
-    row = connection.execute("SELECT id FROM orbitstream_database").fetchone()
-    if row is None:
-        raise LaneStoppedError("the database has lost its identity (orbitstream_database is empty)")
-    if lane.database is not None and lane.database != row[0]:
+    database = identity(connection)
+    if (why := of_another_database(lane, database)) is not None:
         source.close()  # what comes from now on goes into a lane of this database
-        raise LaneStoppedError(
-            f"it was drained into database {lane.database}, this one is {row[0]}: set DATABASE_URL to the former, "
-            "or move the lane away"
-        )
+        raise LaneStoppedError(why)
     if ARMED:
         hit("attach-before-row")
     if lane.database is None and lane.tail == 0:
@@ -147,9 +142,28 @@ def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> No
     if ARMED:
         hit("attach-before-database")
     if lane.database is None:
-        source.set_database(row[0])
+        source.set_database(database)
     if ARMED:
         hit("attach-after-database")
+
+
+def identity(connection: psycopg.Connection[Any]) -> UUID:
+    """Return the uuid that the first migration gave to the database; raises LaneStoppedError if it is lost."""
+    row = connection.execute("SELECT id FROM orbitstream_database").fetchone()
+    if row is None:
+        raise LaneStoppedError("the database has lost its identity (orbitstream_database is empty)")
+    found: UUID = row[0]
+    return found
+
+
+def of_another_database(lane: Lane, database: UUID) -> str | None:
+    """Say why a lane that was drained into another database stays stopped; None if it belongs to `database`."""
+    if lane.database is None or lane.database == database:
+        return None
+    return (
+        f"it was drained into database {lane.database}, this one is {database}: set DATABASE_URL to the former, "
+        "or move the lane away"
+    )
 
 
 def compare(lane: Lane, connection: psycopg.Connection[Any]) -> int:

@@ -16,6 +16,7 @@ import psycopg
 
 from engine import dead_letters, lanes, migrate, tokens, verify
 from engine.consumer import Consumer, SealedConsumer
+from engine.drain import LaneStoppedError, identity, of_another_database
 from engine.embedded import running_dsn
 from engine.ring import Lane, boot_id
 from engine.settings import Settings
@@ -86,7 +87,7 @@ def lanes_command(config: Settings, options: argparse.Namespace) -> int:
         with connection(config) as database:
             try:
                 print(resume(database, config.lane_dir, options.lane))
-            except verify.VerifyError as error:
+            except (verify.VerifyError, LaneStoppedError) as error:
                 raise OperateError(str(error)) from error
         return 0
     rows = [_describe(path) for path in [*lanes.lane_files(config.lane_dir), *lanes.archived(config.lane_dir)]]
@@ -121,9 +122,14 @@ def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
 
     A live lane goes on from where it was drained to: what the restore took away of it is no longer in the lane, and is
     counted in the ledger as forgone. A sealed or archived lane, whose bytes never change, is drained again from where
-    the ledger is.
+    the ledger is. Raises LaneStoppedError, and changes nothing, for a lane of another database.
     """
     path = _find(folder, wanted)
+    found = Lane(path)
+    why = of_another_database(found, identity(database))
+    found.close()
+    if why is not None:
+        raise LaneStoppedError(f"{path.name} stays stopped: {why}")
     was_archived = path.parent.name == lanes.ARCHIVE
     if was_archived:
         path = lanes.bring_back(path)

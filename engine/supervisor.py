@@ -176,8 +176,8 @@ class Supervisor:
                 self.web.signal(signal.SIGHUP)
         return False
 
-    def _keep(self, child: Child) -> None:
-        """Reap the child if it ended, and start it if its time has come."""
+    def _keep(self, child: Child, *flags: str) -> None:
+        """Reap the child if it ended, and start it, with `flags`, if its time has come."""
         now = time.monotonic()
         if child.popen is not None and child.popen.poll() is not None:
             code = child.popen.returncode
@@ -191,7 +191,7 @@ class Supervisor:
                 self._mark_ended(self.writers.index(child))
             log.warning("%s ended (%s), starts again in %.1f s", child.name, _reason(code), pause)
         if child.popen is None and now >= child.next_start:
-            child.spawn(self.environment)
+            child.spawn(self.environment, *flags)
             assert child.popen is not None
             log.debug("started %s, process %d", child.name, child.popen.pid)
 
@@ -261,8 +261,7 @@ class Supervisor:
             if not unfinished:
                 return
             for child in unfinished:
-                if not child.running:  # also one that SIGTERM met before it could listen
-                    child.spawn(self.environment, "--drain")
+                self._keep(child, "--drain")  # also one that SIGTERM met before it could listen
             self._wait(wake, TICK_S)
             self.hurry = self._handle_signals()
         self._await(self.writers, KILL_GRACE_S, wake)

@@ -369,7 +369,12 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.load()
     logs.configure(config.log_level, f"writer-{options.index}")
     assert config.database_url is not None, "the supervisor sets DATABASE_URL, also for the embedded server"
-    beat = Heartbeat(heartbeat.beat_file(config.lane_dir, options.index), own=True)
+    path = heartbeat.beat_file(config.lane_dir, options.index)
+    try:
+        beat = Heartbeat(path, own=True)
+    except OSError as error:
+        log.error("%s cannot be written: %s; free some space, or remove it", path, error.strerror)
+        return 1
     writer = Writer(config, config.database_url, options.index, beat)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, writer.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -272,6 +273,18 @@ def test_a_status_file_that_has_not_got_its_size_stops_nobody(service: Service) 
     assert service.count() == 1
 
 
+def test_a_writer_without_a_status_file_says_so_and_drains_once_it_has_one(service: Service) -> None:
+    in_its_place = heartbeat.beat_file(service.lane_dir, 0)
+    in_its_place.mkdir()
+    service.start(healthy=False)
+    assert service.post("/telemetry", POINT)[0] == 202
+    eventually(lambda: f"{in_its_place} cannot be written: Is a directory" in service.output())
+    in_its_place.rmdir()
+    eventually(lambda: service.count() == 1, 20)
+    assert service.stop() == 0
+    assert "Traceback" not in service.output()
+
+
 def test_a_damaged_record_is_told_and_those_before_it_are_stored(service: Service, server: str) -> None:
     name = str(psycopg.conninfo.conninfo_to_dict(service.database)["dbname"])
     service.start(ORBITSTREAM_WORKERS="1", ORBITSTREAM_DRAIN_TIMEOUT="0s")
@@ -361,3 +374,8 @@ def test_a_lane_never_drains_into_another_database(service: Service, server: str
     assert service.count() == 0
     assert service.post("/telemetry", POINT)[0] == 202  # into a new lane, which is of this database
     eventually(lambda: service.count() == 1)
+    (listed, *_) = json.loads(service.run("lanes", "list", "--json").stdout)
+    resumed = service.run("lanes", "resume", listed["name"])
+    assert (resumed.returncode, resumed.stdout) == (1, "")
+    assert f"{listed['name']} stays stopped: it was drained into database {listed['database']}" in resumed.stderr
+    assert service.query("SELECT count(*) FROM ingest_progress WHERE lane = %s", listed["uuid"]) == [(0,)]

@@ -83,7 +83,9 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": {"heartbeat", "lanes"},
     "verify": {"consumer", "lanes", "ring"},
     "archive": {"columnstore", "copy_format", "rows"},
-    "operate": {"archive", "consumer", "dead_letters", "embedded", "lanes", "migrate", "ring", "tokens", "verify"},
+    "operate": {
+        "archive", "consumer", "dead_letters", "drain", "embedded", "lanes", "migrate", "ring", "tokens", "verify",
+    },
     "rig": {"embedded"},
     "demo": {"heartbeat", "rig"},
     "trial": {"columnstore", "copy_format", "heartbeat", "lanes", "migrate", "rig", "rows"},
