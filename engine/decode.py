@@ -213,9 +213,9 @@ def _ids(ids: Sequence[Any]) -> Ids | None:
         return None
     width = len(ids[0]) + 1
     if len(ids) >= MANY and lines.isascii() and len(lines) == width * len(ids) and 1 < width <= MAX_ID_BYTES + 1:
-        texts = np.frombuffer(lines.encode(), np.uint8).reshape(-1, width)[:, :-1]
+        texts = np.frombuffer(lines.encode(), np.uint8).reshape(-1, width)[:, :-1].copy()
         if texts.min() >= 0x20 and texts.max() < 0x7F:  # no line ends but where they belong: all are of one width
-            return np.ascontiguousarray(texts).view(f"S{width - 1}").reshape(-1)
+            return texts.view(f"S{width - 1}").reshape(-1)
     if has_control("".join(ids)):
         return None
     encoded = ids if lines.isascii() else [each.encode() for each in ids]

@@ -60,13 +60,13 @@ class Connection:
         self._data = b""
         self._searched = 0  # bytes of `_data` that hold no end of a head
         self._head: Head | None = None
-        self._body = bytearray()
+        self._body = BytesIO()
         self._missing = 0  # bytes of the body, or of the chunk
 
     @property
     def received(self) -> int:
         """Bytes of the body under way that are there."""
-        return len(self._body)
+        return self._body.tell()
 
     @property
     def reads_body(self) -> bool:
@@ -78,7 +78,7 @@ class Connection:
         if head is None or not head.expects_continue:
             return False
         self._head = head._replace(expects_continue=False)
-        return not self._body and not self._data
+        return not self.received and not self._data
 
     @property
     def has_more(self) -> bool:
@@ -142,7 +142,7 @@ class Connection:
 
     def _begin_body(self, head: Head) -> None:
         self._head = head
-        self._body = bytearray()
+        self._body = BytesIO()
         if head.length == CHUNKED:
             self.phase = Phase.CHUNK_SIZE
             return
@@ -166,16 +166,16 @@ class Connection:
                 "overloaded", "too many large bodies arrive at once: send them again", headers={"Retry-After": "1"}
             )
         self._room.left -= len(piece)
-        self._body += piece
+        self._body.write(piece)
         self._missing -= len(piece)
 
     def forget(self) -> None:
         """Drop the body under way, which will not be asked for."""
-        self._room.left += len(self._body)
-        self._body = bytearray()
+        self._room.left += self.received
+        self._body = BytesIO()
 
     def _finish(self) -> tuple[dict[str, Any], bool]:
-        head, body = self._head, bytes(self._body)
+        head, body = self._head, self._body.getvalue()
         assert head is not None
         self._head = None
         self.forget()
@@ -229,7 +229,7 @@ class Connection:
             if size is None:
                 raise bad("the size of a chunk must be a hexadecimal number of at most 8 digits")
             self._missing = int(size[1], 16)
-            self._bound(len(self._body) + self._missing)
+            self._bound(self.received + self._missing)
             self.phase = Phase.CHUNK if self._missing else Phase.TRAILER
             self._searched = 0
         elif line:  # trailer fields are checked and dropped: none of them is known here

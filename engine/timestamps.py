@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Final
 
 import numpy as np
@@ -23,9 +23,12 @@ _SHAPE = re.compile(
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _DAY_US: Final = 86_400_000_000
-_TIME_PLACES: Final = [11, 12, 14, 15, 17, 18, 20, 21, 22, 23, 24, 25]
-_TIME_US: Final = np.array([36e9, 3.6e9, 6e8, 6e7, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1])
-"""Where the digits of a time stand, and how many us each is worth."""
+_PLACES: Final = len("2026-11-22T00:00:00.123456789")
+_WORTH_US: Final = np.zeros(_PLACES)
+_WORTH_US[[11, 12, 14, 15, 17, 18, *range(20, 26)]] = [36e9, 3.6e9, 6e8, 6e7, 1e7, 1e6, 1e5, 1e4, 1e3, 100, 10, 1]
+"""How many us the digit in each place of a time is worth: nothing in a date, or behind the sixth of a fraction."""
+_LARGEST: Final = np.full(_PLACES, 9, np.uint8)
+_LARGEST[[14, 17]] = 5
 
 
 def now_us() -> int:
@@ -69,8 +72,8 @@ def parse(text: str) -> int:
 def parse_all(texts: Sequence[Any]) -> NDArray[np.int64] | None:
     """Return the times of `texts`, in us since 1970, if all are texts of one common shape and valid; else None.
 
-    The shape is YYYY-MM-DDTHH:MM:SS, up to 9 fractional digits, and Z or one offset. None says nothing about which
-    text is at fault, or whether one is: ask `parse`.
+    The shape is that of the first of them: its time is parsed, the others are told by the digits that differ from it.
+    None says nothing about which text is at fault, or whether one is: ask `parse`.
     """
     try:
         lines = "\n".join(texts) + "\n"
@@ -78,53 +81,37 @@ def parse_all(texts: Sequence[Any]) -> NDArray[np.int64] | None:
         return None
     first = texts[0]
     width = len(first)
-    if len(lines) != (width + 1) * len(texts) or not lines.isascii() or _SHAPE.fullmatch(first) is None:
+    if len(lines) != (width + 1) * len(texts) or not lines.isascii():
         return None
-    zone = width - 1 if first[-1] in "Zz" else width - 6
-    offset_us = _offset_us(first[zone:])
+    try:
+        first_us = parse(first)
+    except ValueError:
+        return None
     chars = np.ascontiguousarray(np.frombuffer(lines.encode(), np.uint8).reshape(-1, width + 1).T)  # a row a place
-    # A line end passes neither for a separator nor for a digit: where each is in its place, all texts are of one width.
-    separators = [4, 7, 10, 13, 16, *([19] if zone > 19 else []), *range(zone, width)]
-    if offset_us is None or (chars[separators] != chars[separators, :1]).any():
+    moving = np.flatnonzero((chars != chars[:, :1]).any(axis=1))
+    if not len(moving):
+        return np.full(len(texts), first_us)
+    if moving[-1] >= width - (1 if first[-1] in "Zz" else 6):  # of more than one zone
         return None
-    digits = chars[:zone] - np.uint8(48)
-    digits[[place for place in separators if place < zone]] = 0
-    return _combine(digits, first, offset_us)
-
-
-def _offset_us(zone: str) -> int | None:
-    if zone in "Zz":
-        return 0
-    hours, minutes = int(zone[1:3]), int(zone[4:6])
-    if hours > 23 or minutes > 59:
+    # What is no digit in one text is in all, line ends too, which the first has at its end alone: all are of its width.
+    digits = chars[moving] - np.uint8(48)
+    if (digits.max(axis=1) > _LARGEST[moving]).any():
         return None
-    return (hours * 60 + minutes) * (60_000_000 if zone[0] == "+" else -60_000_000)
-
-
-def _combine(digits: NDArray[np.uint8], first: str, offset_us: int) -> NDArray[np.int64] | None:
-    """Turn rows of digits (place, n) into us since 1970; None if one is no digit, or a field is out of its range."""
-    largest = digits.max(axis=1)
-    if largest.max() > 9 or largest[14] > 5 or largest[17] > 5:
+    if moving[0] <= 12 and ((chars[11] - np.uint8(48)) * 10 + (chars[12] - np.uint8(48))).max() > 23:
         return None
-    if largest[11] > 1 and (digits[11] * 10 + digits[12]).max() > 23:
-        return None
-    days = _days(digits[:10], first)
-    if days is None:
-        return None
-    places = [place for place in _TIME_PLACES if place < len(digits)]
     # Whole numbers under 2^53, exact in float64. Not as a product of matrices, for which OpenBLAS may start threads.
-    since_midnight = np.einsum("i,ij->j", _TIME_US[: len(places)], digits[places].astype(np.float64))
-    micros: NDArray[np.int64] = since_midnight.astype(np.int64) + (days * _DAY_US - offset_us)
-    return micros
-
-
-def _days(digits: NDArray[np.uint8], first: str) -> int | NDArray[np.int64] | None:
-    """Return days since 1970 of the dates in rows of digits, one for all if it is one; None: not of the calendar."""
-    if (digits == digits[:, :1]).all():  # all of one day, as the readings of one request mostly are
-        try:
-            return date.fromisoformat(first[:10]).toordinal() - _EPOCH.toordinal()
-        except ValueError:
+    times: NDArray[np.int64] = np.einsum("i,ij->j", _WORTH_US[moving], digits.astype(np.float64)).astype(np.int64)
+    if moving[0] < 10:
+        days = _days(chars[:10] - np.uint8(48))
+        if days is None:
             return None
+        times += days * _DAY_US
+    times += first_us - times[0]
+    return times
+
+
+def _days(digits: NDArray[np.uint8]) -> NDArray[np.int64] | None:
+    """Return days since 1970 of the dates in rows of digits (place, n); None if one is not of the calendar."""
     wide = digits.astype(np.int64)
     year = ((wide[0] * 10 + wide[1]) * 10 + wide[2]) * 10 + wide[3]
     month, day = wide[5] * 10 + wide[6], wide[8] * 10 + wide[9]

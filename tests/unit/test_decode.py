@@ -194,6 +194,37 @@ def test_the_fast_timestamp_path_takes_nothing_that_the_rule_refuses(text: str) 
             assert together.tolist() == [parse(each) for each in texts]
 
 
+_TIMES = ["2026-11-22T23:59:58.123456Z", "2026-11-22T23:59:58+05:30", "2024-02-29T12:00:00.123456789Z"]
+
+
+@given(
+    st.sampled_from(_TIMES),
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 29), st.sampled_from("0123456789-T:.Z+ t\n")), max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_many_timestamps_that_differ_anywhere_are_read_by_the_rule_or_left_to_it(
+    base: str, changes: list[list[tuple[int, str]]]
+) -> None:
+    texts = []
+    for change in changes:
+        text = list(base)
+        for place, char in change:
+            text[place % len(text)] = char
+        texts.append("".join(text))
+    together = parse_all(texts)
+    if together is not None:
+        assert together.tolist() == [parse(each) for each in texts]
+
+
+@pytest.mark.parametrize("other", ["+06:30", "-05:30", "+05:31"])
+def test_timestamps_of_two_zones_are_left_to_the_rule(other: str) -> None:
+    text = "2026-11-22T23:59:58+05:30"
+    assert parse_all([text, text[:-6] + other]) is None
+
+
 _numbers = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
     st.integers(-(2**63), 2**64 - 1),
