@@ -2,10 +2,7 @@
 
 Firstly: the ledger row of a lane says up to which position its records are in the database. Given that, and that the
 row and the rows of `telemetry` change in one transaction, whoever starts again at the ledger's position stores nothing
-twice and leaves nothing out, whatever became of an earlier attempt. FOR UPDATE waits for an older backend that is
-still committing, so the position it returns is final.
-
-Knows nothing of files or shared memory: a lane is a source of records with positions that can be freed.
+twice and leaves nothing out, whatever became of an earlier attempt.
 """
 
 from __future__ import annotations
@@ -13,17 +10,17 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
-from uuid import UUID
+from typing import Any, Final
 
 import numpy as np
 import psycopg
 from psycopg import sql
 
-from engine import copy_format, dead_letters, rows, settlement
+from engine import copy_format, dead_letters, ledger, rows, settlement
 from engine.columnstore import Columnstore
 from engine.dead_letters import Cause
 from engine.failpoints import ARMED, hit
+from engine.ledger import Lane, LaneStoppedError, Progress, Source, SourceRecord
 from engine.rows import Columns, Times
 from engine.timestamps import now_us
 
@@ -39,71 +36,8 @@ _KEY_WORDS: Final = {
 }
 
 
-class LaneStoppedError(Exception):
-    """A lane that must not be drained until somebody has looked at it; nothing of it is dropped."""
-
-
 class PointRefusedError(Exception):
     """The database refuses a point of the transaction (SQLSTATE 22 or 23); nothing of it is stored: drain carefully."""
-
-
-class SourceRecord(Protocol):
-    """A record of a source; positions are 64-bit and grow."""
-
-    @property
-    def end(self) -> int: ...
-    @property
-    def points(self) -> int: ...
-    @property
-    def time_us(self) -> int: ...
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def payload(self) -> memoryview: ...
-
-
-class Lane(Protocol):
-    """What a drain needs to know of where a source keeps its state."""
-
-    @property
-    def uuid(self) -> UUID: ...
-    @property
-    def layout(self) -> bytes: ...
-    @property
-    def tail(self) -> int: ...
-    @property
-    def resumed(self) -> bool: ...
-    @property
-    def database(self) -> UUID | None: ...
-
-
-class Source(Protocol):
-    """Records with positions that can be freed: a lane's consumer end, and whatever else will feed the ledger."""
-
-    @property
-    def lane(self) -> Lane: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def sealed(self) -> bool: ...
-    def read(self, position: int, max_points: int, max_bytes: int) -> Sequence[SourceRecord]: ...
-    def free(self, position: int, settled_points: int) -> None: ...
-    def close(self) -> None: ...
-    def set_database(self, database: UUID) -> None: ...
-
-
-class Progress(NamedTuple):
-    """The ledger row of a lane; the counters are points since its first drain."""
-
-    position: int
-    committed: int
-    deduplicated: int
-    dead_lettered: int
-    forgone: int
-
-    @property
-    def settled(self) -> int:
-        return self.committed + self.deduplicated + self.dead_lettered + self.forgone
 
 
 @dataclass(slots=True)
@@ -120,77 +54,6 @@ class Flush:
     @property
     def committed(self) -> int:
         return 0 if self.columns is None else len(self.columns)
-
-
-def attach(connection: psycopg.Connection[Any], source: Source, node: str) -> None:
-    """Make sure that the lane belongs to this database, and has its ledger row, before anything is drained.
-
-    Raises LaneStoppedError for a lane of another database, or of this one at a later time than it is now (restored).
-    """
-    lane = source.lane
-    database = identity(connection)
-    if (why := of_another_database(lane, database)) is not None:
-        source.close()  # what comes from now on goes into a lane of this database
-        raise LaneStoppedError(why)
-    if ARMED:
-        hit("attach-before-row")
-    if lane.database is None and lane.tail == 0:
-        connection.execute(
-            "INSERT INTO ingest_progress (lane, node) VALUES (%s, %s) ON CONFLICT DO NOTHING", [lane.uuid, node]
-        )
-    _compare_end(source, compare(lane, connection))
-    if ARMED:
-        hit("attach-before-database")
-    if lane.database is None:
-        source.set_database(database)
-    if ARMED:
-        hit("attach-after-database")
-
-
-def identity(connection: psycopg.Connection[Any]) -> UUID:
-    """Return the uuid that the first migration gave to the database; raises LaneStoppedError if it is lost."""
-    row = connection.execute("SELECT id FROM orbitstream_database").fetchone()
-    if row is None:
-        raise LaneStoppedError("the database has lost its identity (orbitstream_database is empty)")
-    found: UUID = row[0]
-    return found
-
-
-def of_another_database(lane: Lane, database: UUID) -> str | None:
-    """Say why a lane that was drained into another database stays stopped; None if it belongs to `database`."""
-    if lane.database is None or lane.database == database:
-        return None
-    return (
-        f"it was drained into database {lane.database}, this one is {database}: set DATABASE_URL to the former, "
-        "or move the lane away"
-    )
-
-
-def compare(lane: Lane, connection: psycopg.Connection[Any]) -> int:
-    """Return the ledger's position; raises LaneStoppedError if it is behind what was drained of the lane once."""
-    found = connection.execute("SELECT position FROM ingest_progress WHERE lane = %s", [lane.uuid]).fetchone()
-    position: int | None = found[0] if found else None
-    _compare(lane, position)
-    return position or 0
-
-
-def _compare_end(source: Source, position: int) -> None:
-    """Raise LaneStoppedError if a lane of this boot ends before the position up to which it was drained."""
-    if position > source.end and not source.sealed:
-        source.close()  # what is published from now on goes into another lane
-        raise LaneStoppedError(
-            f"the lane went back in time: it ends at {source.end}, the ledger is at {position}. Was an older copy of "
-            "the lane directory put back? What was published into it since is kept in the file"
-        )
-
-
-def _compare(lane: Lane, position: int | None) -> None:
-    if position is None or (position < lane.tail and not lane.resumed):
-        at = "has no row for it" if position is None else f"is at {position}"
-        raise LaneStoppedError(
-            f"the database went back in time: its ledger {at}, the lane was drained up to {lane.tail}. Was an older "
-            f"backup restored? `orbitstream lanes resume {lane.uuid}` goes on from here"
-        )
 
 
 def drain(
@@ -214,15 +77,7 @@ def drain(
     lane = source.lane
     cursor = connection.cursor()
     cursor.execute("BEGIN")
-    found = cursor.execute(
-        "SELECT position, committed_points, deduplicated_points, dead_lettered_points, forgone_points"
-        " FROM ingest_progress WHERE lane = %s FOR UPDATE",
-        [lane.uuid],
-    ).fetchone()
-    _compare(lane, found[0] if found else None)
-    assert found is not None
-    progress = Progress(*found)
-    _compare_end(source, progress.position)
+    progress = ledger.lock(cursor, source)
     if progress.position > lane.tail:  # an earlier writer died between COMMIT and its store of the tail
         if ARMED:
             hit("recover-before-skip")
@@ -250,13 +105,7 @@ def drain(
         progress.dead_lettered + flush.dead_lettered,
         progress.forgone,
     )
-    cursor.execute(
-        "UPDATE ingest_progress SET position = %s, committed_points = %s, deduplicated_points = %s,"
-        " dead_lettered_points = %s, flushes = flushes + 1, updated_at = now() WHERE lane = %s AND position = %s",
-        [*after[:4], lane.uuid, progress.position],
-    )
-    if cursor.rowcount != 1:
-        raise LaneStoppedError(f"its ledger row moved from {progress.position} while it was locked")
+    ledger.move(cursor, lane, progress, after)
     if ARMED:
         hit("drain-before-commit")
     cursor.execute("COMMIT")
@@ -387,19 +236,3 @@ def _sorted(columns: Columns, received: Times) -> tuple[Columns, Times]:
     """Return points by satellite and time, as whoever looks at them after the COPY expects them."""
     order = copy_format.order(columns)
     return copy_format.take(columns, order), received[order]
-
-
-def end_blocking_backend(connection: psycopg.Connection[Any], lane: UUID) -> int:
-    """Terminate a writer's backend that still holds the lane's ledger row, as of a half-open connection.
-
-    Its transaction id stands in the row (xmax), and pg_locks says whose it is. Only backends of writers are ended: the
-    caller owns the lane, so none of them is at work. Returns how many.
-    """
-    found = connection.execute(
-        "SELECT pg_terminate_backend(held.pid) FROM ingest_progress JOIN pg_locks held"
-        " ON held.locktype = 'transactionid' AND held.transactionid = ingest_progress.xmax AND held.granted"
-        " JOIN pg_stat_activity USING (pid)"
-        " WHERE lane = %s AND application_name LIKE 'orbitstream-writer-%%' AND pid <> pg_backend_pid()",
-        [lane],
-    ).fetchall()
-    return len(found)

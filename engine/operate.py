@@ -14,14 +14,16 @@ from typing import Any, Final
 
 import psycopg
 
-from engine import dead_letters, lanes, migrate, tokens, verify
+from engine import dead_letters, lanes, ledger, migrate, tokens, verify
 from engine.consumer import Consumer, SealedConsumer
-from engine.drain import LaneStoppedError, identity, of_another_database
 from engine.embedded import running_dsn
+from engine.ledger import LaneStoppedError
 from engine.ring import Lane, boot_id
 from engine.settings import Settings
 
 CLAIM_S: Final = 10.0
+NO_NODE: Final = "-"
+"""Stands in the ledger where a command made the row, and no node is known."""
 
 
 class OperateError(Exception):
@@ -126,7 +128,7 @@ def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
     """
     path = _find(folder, wanted)
     found = Lane(path)
-    why = of_another_database(found, identity(database))
+    why = ledger.of_another_database(found, ledger.identity(database))
     found.close()
     if why is not None:
         raise LaneStoppedError(f"{path.name} stays stopped: {why}")
@@ -137,23 +139,14 @@ def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
     try:
         lane = consumer.lane
         if was_archived or isinstance(consumer, SealedConsumer):
-            database.execute(
-                "INSERT INTO ingest_progress (lane, node) VALUES (%s, '-') ON CONFLICT DO NOTHING", [lane.uuid]
-            )
+            ledger.enter(database, lane, NO_NODE)
             consumer.resume()
             return f"{wanted}: drains again from where the ledger is"
         with database.transaction():
-            done = database.execute(
-                "INSERT INTO ingest_progress AS p (lane, position, node) VALUES (%s, %s, '-')"
-                " ON CONFLICT (lane) DO UPDATE SET position = excluded.position WHERE p.position < excluded.position",
-                [lane.uuid, lane.tail],
-            ).rowcount
-            if not done:
+            if not ledger.catch_up(database, lane, NO_NODE):
                 return f"{wanted}: nothing to do, the ledger is not behind it"
             forgone = verify.balance(database, lane).residual
-            database.execute(
-                "UPDATE ingest_progress SET forgone_points = forgone_points + %s WHERE lane = %s", [forgone, lane.uuid]
-            )
+            ledger.forgo(database, lane, forgone)
         return f"{wanted}: goes on from where it was drained to; {forgone} points of it went with the restore"
     finally:
         consumer.lane.close()

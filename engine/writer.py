@@ -17,23 +17,15 @@ from typing import Final
 
 import psycopg
 
-from engine import heartbeat, lanes, logs, process, rows, settings
+from engine import heartbeat, lanes, ledger, logs, process, rows, settings
 from engine.backlog import POLL_S, Backlog
 from engine.columnstore import Columnstore
 from engine.connection import Connection, one_line, pause_after
 from engine.consumer import SealedConsumer
-from engine.drain import (
-    MAX_TRANSACTION_POINTS,
-    Flush,
-    LaneStoppedError,
-    PointRefusedError,
-    attach,
-    compare,
-    drain,
-    end_blocking_backend,
-)
+from engine.drain import MAX_TRANSACTION_POINTS, Flush, PointRefusedError, drain
 from engine.follower import Follower
 from engine.heartbeat import Heartbeat, State
+from engine.ledger import LaneStoppedError
 from engine.migrate import find_edition
 from engine.ring import Lane, LaneError
 from engine.settings import Settings
@@ -206,7 +198,7 @@ class Writer:
                 log.error("archived lane: %s", error)
                 continue
             try:
-                compare(lane, connection)
+                ledger.compare(lane, connection)
             except (LaneStoppedError, psycopg.Error) as error:
                 log.error("archived lane %s: %s", path.stem, one_line(error))
             finally:
@@ -278,10 +270,10 @@ class Writer:
         """Make sure that the lane and the database belong together, before its first flush on this connection."""
         consumer = mine.consumer
         if mine.blocked:
-            ended = end_blocking_backend(connection, mine.lane.uuid)
+            ended = ledger.end_blocking_backend(connection, mine.lane.uuid)
             log.warning("%s: ended %d backends that held its ledger row", mine.path.name, ended)
             mine.blocked = False
-        attach(connection, consumer, self.config.node)
+        ledger.attach(connection, consumer, self.config.node)
         mine.attached = True
         self.resting.pop(mine.path, None)
         if isinstance(consumer, SealedConsumer) and consumer.holes(mine.lane.tail):
