@@ -34,7 +34,7 @@ RUNS: Final[dict[str, tuple[str, bool]]] = {
     "latency": ("bench.ingest --rate 10000 --batch 100 --fleets 1000 --seconds 30", False),
     "edge": ("bench.edge --seconds 4 --rounds 5", False),
     "ingest-columnstore": ("bench.ingest --writers 2 --fleets 100 100000 --rounds 3 --seconds 8", True),
-    "ingest-columnar": ("bench.ingest --writers 2 --format columnar --fleets 1000 --rounds 5 --seconds 8", True),
+    "ingest-columnar": ("bench.ingest --writers 2 --format columnar --fleets 1000 --rounds 9 --seconds 8", True),
     "ingest-arrow": ("bench.ingest --writers 2 --format arrow --fleets 1000 --rounds 3 --seconds 8", True),
     "ingest-arrow-large": (
         "bench.ingest --writers 2 --format arrow --batch 10000 --fleets 1000 --rounds 5 --seconds 8",
