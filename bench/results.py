@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": f"{platform.python_version()} ({platform.python_build()[1]}, {platform.python_compiler()})",
         "load_average": round(os.getloadavg()[0], 2),
     }
 

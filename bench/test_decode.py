@@ -22,6 +22,7 @@ from engine.timestamps import now_us
 NOW = now_us()
 DECODER = Decoder(max_points=100_000, oldest_us=30 * 86_400_000_000)
 FORMATS = ("json", "columnar", "ndjson", "arrow", "arrow-dictionary")
+TURNS, TURN_S = 40, 0.01
 
 
 def points(count: int) -> list[dict[str, Any]]:
@@ -82,16 +83,19 @@ def test_bytes_to_rows(benchmark: Any, form: str, count: int) -> None:
 def test_ratios(count: int) -> None:
     """Processor time, in turns, so that what else the machine does meets all alike; the best of each counts.
 
-    Each runs three times in a row: what another format left in the caches is not counted, as a client sends only one.
+    A turn lasts TURN_S, be it one run or a hundred: what another format left in the caches and in the processor's
+    memory of branches is not counted, as a client sends only one.
     """
     runs = {form: case(form, count) for form in FORMATS}
     best = dict.fromkeys(FORMATS, float("inf"))
-    for _ in range(150 if count == 1_000 else 15):
+    for _ in range(TURNS):
         for form, run in runs.items():
-            for _ in range(3):
-                started = time.thread_time()
+            begun = ended = time.thread_time()
+            while ended < begun + TURN_S:
+                started = ended
                 run()
-                best[form] = min(best[form], time.thread_time() - started)
+                ended = time.thread_time()
+                best[form] = min(best[form], ended - started)
     ratios = {form: best["json"] / seconds for form, seconds in best.items()}
     for form in FORMATS:
         print(f"\n{count:>6} points  {form:<17} {count / best[form] / 1e6:6.2f} M/s {ratios[form]:6.2f} x JSON", end="")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
+from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -113,7 +114,7 @@ class Decoder(Rules):
         if type(names) is not dict:
             return None
         try:  # the points of one client mostly have the same fields; only an object can be asked for one by its name
-            table = {name: [point[name] for point in points] for name in names}
+            table = {name: list(map(itemgetter(name), points)) for name in names}
             alike = sum(map(len, points)) == len(names) * len(points)
         except KeyError:
             alike = False

@@ -103,21 +103,24 @@ class Connection:
         Raises Problem for what is no request: answer it, and close.
         """
         if self._head is None:
-            head = self._read_head()
-            if head is None:
+            found = self._read_head()
+            if found is None:
                 return None
-            data = self._data
-            if 0 <= head.length <= len(data) and head.length <= self._room.max_body:  # the body is here too
-                self._data = data[head.length :]
+            head, start = found
+            data, end = self._data, start + head.length
+            if start <= end <= len(data) and head.length <= self._room.max_body:  # the body is here too
+                self._data = data[end:]
                 self.phase = Phase.IDLE
-                return self._request(head, data[: head.length])
+                return self._request(head, data[start:end])  # the one copy that is made of it
+            self._data = data[start:]
             self._begin_body(head)
         if self.phase is Phase.BODY:
             self._take()
             return None if self._missing else self._finish()
         return self._finish() if self._read_chunks() else None
 
-    def _read_head(self) -> Head | None:
+    def _read_head(self) -> tuple[Head, int] | None:
+        """Return the head and where it ends in the data, once it is there."""
         data = self._data
         if data.startswith(b"\r\n"):  # empty lines before a request are to be let pass
             data = self._data = _EMPTY_LINES.sub(b"", data, 1)
@@ -127,9 +130,8 @@ class Connection:
         end = data.find(b"\r\n\r\n", self._searched)
         if 0 <= end <= MAX_HEAD:
             head = self._heads.read(data[: end + 4])
-            self._data = data[end + 4 :]
             self._searched = 0
-            return head
+            return head, end + 4
         self.phase = Phase.HEAD
         self._searched = max(0, len(data) - 3)
         if b"\n\n" in data or data.startswith(b"\n"):

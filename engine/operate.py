@@ -57,14 +57,15 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
     lanes.expect(config.lane_dir)
     with connection(config) as database:
         try:
-            parts = list(verify.balances(database, config.lane_dir))
-        except verify.VerifyError as error:
+            parts, elsewhere = verify.balances(database, config.lane_dir)
+        except (verify.VerifyError, LaneStoppedError) as error:
             raise OperateError(str(error)) from error
         counted = verify.deep(database) if options.deep else None
     whole = verify.total(parts)
     fine = all(part.holds for part in parts) and (counted is None or counted[0] == counted[1])
     if options.json:
         report: dict[str, Any] = {"holds": fine, "lanes": [part.as_dict() for part in parts], "total": whole.as_dict()}
+        report["lanes_of_another_database"] = {name: str(uuid) for name, uuid in elsewhere.items()}
         if counted is not None:
             report["deep"] = {"ledger_rows": counted[0], "table_rows": counted[1]}
         print(json.dumps(report))
@@ -75,6 +76,8 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
             f"{part.lane}: published {part.published} = committed {part.committed} + deduplicated {part.deduplicated}"
             f" + dead-lettered {part.dead_lettered}{forgone} + queued {part.queued}, residual {part.residual}"
         )
+    for name, uuid in elsewhere.items():
+        print(f"{name}: not checked, it is of database {uuid}")
     if counted is not None:
         print(f"ledger says {counted[0]} rows, telemetry has {counted[1]}")
     return 0 if fine else 1

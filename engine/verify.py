@@ -7,14 +7,14 @@ records in the lane. `answered <= published` is checked besides, since a kill ma
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import psycopg
 
-from engine import lanes
+from engine import lanes, ledger
 from engine.consumer import SealedConsumer
 from engine.ring import Lane, boot_id
 
@@ -52,14 +52,24 @@ class Balance:
         return {**asdict(self), "residual": self.residual}
 
 
-def balances(connection: psycopg.Connection[Any], folder: Path) -> Iterator[Balance]:
-    """Yield the balance of each lane, archived ones included."""
+def balances(connection: psycopg.Connection[Any], folder: Path) -> tuple[list[Balance], dict[str, UUID]]:
+    """Return the balance of each lane, archived ones included; and the lanes of other databases, which have theirs.
+
+    Raises LaneStoppedError for a database without an identity, VerifyError.
+    """
+    database = ledger.identity(connection)
+    found: list[Balance] = []
+    elsewhere: dict[str, UUID] = {}
     for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
         lane = Lane(path)
         try:
-            yield balance(connection, lane)
+            if lane.database in (None, database):
+                found.append(balance(connection, lane))
+            else:
+                elsewhere[path.name] = lane.database
         finally:
             lane.close()
+    return found, elsewhere
 
 
 def balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:

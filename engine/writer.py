@@ -183,7 +183,7 @@ class Writer:
         self.summary.alarms.warning("database away, next attempt in %.2f s: %s", pause, one_line(error))
 
     def compare_archive(self, connection: Connection) -> None:
-        """Alarm for archived lanes that the ledger is behind of: rows of theirs went with a restore."""
+        """Alarm for archived lanes of this database that the ledger is behind of: rows went with a restore."""
         now = time.monotonic()
         if self.index != 0:
             return
@@ -198,7 +198,8 @@ class Writer:
                 log.error("archived lane: %s", error)
                 continue
             try:
-                ledger.compare(lane, connection)
+                if ledger.of_another_database(lane, ledger.identity(connection)) is None:
+                    ledger.compare(lane, connection)
             except (LaneStoppedError, psycopg.Error) as error:
                 log.error("archived lane %s: %s", path.stem, one_line(error))
             finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from engine import heartbeat
+from engine import heartbeat, lanes
 from tests.conftest import on_each_edition
 from tests.load import assert_exactly_once, loads_on
 from tests.service import POINT, Service, children, eventually, is_gone
@@ -358,7 +358,7 @@ def test_an_older_copy_of_the_lanes_is_not_taken_for_drained(service: Service, l
     )
 
 
-def test_a_lane_never_drains_into_another_database(service: Service, server: str) -> None:
+def test_a_lane_never_drains_into_another_database(service: Service, server: str, lane_dir: Path) -> None:
     service.environment["ORBITSTREAM_WORKERS"] = "1"
     service.start()
     service.post("/telemetry", POINT)
@@ -379,3 +379,16 @@ def test_a_lane_never_drains_into_another_database(service: Service, server: str
     assert (resumed.returncode, resumed.stdout) == (1, "")
     assert f"{listed['name']} stays stopped: it was drained into database {listed['database']}" in resumed.stderr
     assert service.query("SELECT count(*) FROM ingest_progress WHERE lane = %s", listed["uuid"]) == [(0,)]
+    verified = service.run("verify", "--deep")
+    assert verified.returncode == 0 and "total: published 1 = committed 1 " in verified.stdout
+    assert f"{listed['name']}: not checked, it is of database {listed['database']}\n" in verified.stdout
+    assert service.stop() == 0
+    archive = lane_dir / lanes.ARCHIVE
+    archive.mkdir(exist_ok=True)
+    (lane_dir / listed["name"]).rename(archive / f"{listed['uuid']}.ring")
+    service.start()
+    assert service.post("/telemetry", POINT)[0] == 202
+    eventually(lambda: service.count() == 2)
+    assert "went back in time" not in service.output()
+    report = json.loads(service.run("verify", "--json").stdout)
+    assert report["lanes_of_another_database"] == {f"{listed['uuid']}.ring": listed["database"]}

@@ -82,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "embedded_home": {"installations"},
     "embedded": {"embedded_home", "installations"},
     "supervisor": {"heartbeat", "lanes"},
-    "verify": {"consumer", "lanes", "ring"},
+    "verify": {"consumer", "lanes", "ledger", "ring"},
     "archive": {"columnstore", "copy_format", "rows"},
     "operate": {
         "archive", "consumer", "dead_letters", "embedded", "lanes", "ledger", "migrate", "ring", "tokens", "verify",
