@@ -87,7 +87,11 @@ def _reach(connection: psycopg.Connection[Any], retention: timedelta) -> timedel
 
 
 def _settle_refresh(connection: psycopg.Connection[Any], aggregate: Aggregate, reach: timedelta) -> timedelta:
-    """Set the window of a refresh; returns how far the next coarser one has to reach to see what this one changed."""
+    """Set the window of a refresh; returns how far the next coarser one has to reach to see what this one changed.
+
+    All that changed is refreshed in one transaction: in batches, servers before 2.29 may leave out a late point that
+    lies at the very start of a bucket until the next refresh (timescaledb#10221).
+    """
     bucket = aggregate.bucket
     # A window has to hold two buckets. Newer ones are computed on the fly, so the latest one may wait for its end.
     start = max(min(reach, aggregate.keep - DAY), 3 * bucket)
@@ -98,6 +102,11 @@ def _settle_refresh(connection: psycopg.Connection[Any], aggregate: Aggregate, r
             " end_offset => %s::interval, schedule_interval => %s::interval)",
             [aggregate.name, start, bucket, aggregate.every],
         )
+    connection.execute(
+        "SELECT alter_job(job_id, config => config || '{\"buckets_per_batch\": 0}')"
+        " FROM timescaledb_information.jobs WHERE job_id = %s AND config->>'buckets_per_batch' IS DISTINCT FROM '0'",
+        [job_of(connection, aggregate.name, _REFRESH)],
+    )
     return start + 2 * bucket
 
 

@@ -72,8 +72,9 @@ def test_an_upgrade_and_late_points_are_in_the_aggregates_within_one_refresh(
     with migrate.connect(any_database, "test") as connection:
         refresh(connection, edition)
         assert_right(connection)
-        late = "date_trunc('hour', now()) - interval '2 days' + n * interval '1 s'"
-        connection.execute(INSERT.format(time=late, count=300).encode())
+        for days in (1, 2):  # each up to the very start of a bucket
+            late = f"date_trunc('hour', now()) - interval '{days} days' + n * interval '1 s'"
+            connection.execute(INSERT.format(time=late, count=300).encode())
         refresh(connection, edition)
         assert_right(connection)
         assert connection.execute("SELECT count(*) FROM satellite_latest").fetchone() == (3,)
