@@ -10,7 +10,7 @@ arrow       application/vnd.apache.arrow.stream     one record batch
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -35,10 +35,10 @@ LENGTHS_KEPT: Final = 4
 
 
 class Body(Protocol):
-    """Print readings as the body of a batch."""
+    """Print readings as the bodies of batches."""
 
-    def parts(self, readings: Readings) -> Sequence[Buffer]:
-        """Return the body of n > 0 readings, in pieces of one dimension that are good until the next call."""
+    def bodies(self, readings: Readings, size: int) -> Iterator[Sequence[Buffer]]:
+        """Yield the bodies of n > 0 readings, `size` in each: pieces of one dimension, good until the next call."""
 
 
 class RowBody:
@@ -48,12 +48,13 @@ class RowBody:
         self._rows = rows
         self._open, self._separator, self._close = (b"[", b",", b"]") if array else (b"", b"\n", b"\n")
 
-    def parts(self, readings: Readings) -> Sequence[Buffer]:
-        """Return the opening bracket and the rows, of which the last ends with the closing one."""
+    def bodies(self, readings: Readings, size: int) -> Iterator[Sequence[Buffer]]:
+        """Yield the opening bracket and the rows, of which the last ends with the closing one."""
         matrix = self._rows.write(readings)
         matrix[:, -1] = self._separator[0]
-        matrix[-1, -1] = self._close[0]
-        return self._open, matrix.data.cast("B")
+        matrix[size - 1 :: size, -1] = matrix[-1, -1] = self._close[0]
+        for first in range(0, len(matrix), size):
+            yield self._open, matrix[first : first + size].data.cast("B")
 
 
 class ColumnBody:
@@ -62,9 +63,15 @@ class ColumnBody:
     def __init__(self, columns: JsonColumns) -> None:
         self._columns = columns
 
-    def parts(self, readings: Readings) -> Sequence[Buffer]:
-        """Return names, brackets and columns."""
-        return self._columns.write(readings)
+    def bodies(self, readings: Readings, size: int) -> Iterator[Sequence[Buffer]]:
+        """Yield names, brackets and columns."""
+        columns = self._columns.write(readings)
+        for first in range(0, len(readings.satellite), size):
+            pieces: list[Buffer] = []
+            for opening, cells in columns:
+                # Without the comma after the last value.
+                pieces += (opening, cells[first : first + size].reshape(-1)[:-1].data)
+            yield [*pieces, b"]}"]
 
 
 class ArrowBody:
@@ -87,15 +94,19 @@ class ArrowBody:
         self._opening = memoryview(self._schema.serialize())
         self._made: dict[int, tuple[memoryview, list[npt.NDArray[Any]]]] = {}
 
-    def parts(self, readings: Readings) -> Sequence[Buffer]:
-        """Return the stream: schema, one record batch, end."""
-        message, (ids, times, *values) = self._made.get(len(readings.satellite)) or self._make(len(readings.satellite))
-        np.take(self._ids, readings.satellite - self._first, out=ids)
-        times[:] = readings.time_us
-        for column, scale, cells in zip(readings.values, self._scale, values, strict=True):
-            # Divided, not multiplied by 0.01: 8731 / 100 is the double next to 87.31, as in the JSON formats.
-            np.divide(column, scale, out=cells)
-        return self._opening, message, END_OF_STREAM
+    def bodies(self, readings: Readings, size: int) -> Iterator[Sequence[Buffer]]:
+        """Yield streams: schema, one record batch, end."""
+        total = len(readings.satellite)
+        for first in range(0, total, size):
+            run = slice(first, min(first + size, total))
+            count = run.stop - first
+            message, (ids, times, *values) = self._made.get(count) or self._make(count)
+            np.take(self._ids, readings.satellite[run] - self._first, out=ids)
+            times[:] = readings.time_us[run]
+            for column, scale, cells in zip(readings.values, self._scale, values, strict=True):
+                # Divided, not multiplied by 0.01: 8731 / 100 is the double next to 87.31, as in the JSON formats.
+                np.divide(column[run], scale, out=cells)
+            yield self._opening, message, END_OF_STREAM
 
     def _make(self, count: int) -> tuple[memoryview, list[npt.NDArray[Any]]]:
         """Make the message of a batch of `count` points; return it with the places of its values, column by column."""
@@ -133,7 +144,7 @@ def make_body(kind: str, ids: npt.NDArray[np.bytes_], first: int, channels: tupl
     if kind == "arrow":
         return ArrowBody(ids, first, channels)
     if kind == "columnar":
-        return ColumnBody(JsonColumns(ids, first, channels))
+        return ColumnBody(JsonColumns(ids, first, channels, capacity=capacity))
     return RowBody(JsonRows(ids, first, channels, capacity=capacity, tail=b" "), array=kind == "json")
 
 

@@ -93,7 +93,7 @@ class RequestMaker:
         head = self._single.head(length)
         self._head_length = len(head)
         self._singles = JsonRows(ids, job.first, channels, capacity=SINGLES_BLOCK, head=head)
-        self._body = make_body(settings.format, ids, job.first, channels, min(capacity, settings.batch))
+        self._body = make_body(settings.format, ids, job.first, channels, capacity)
         self._envelope = Envelope(job, "/telemetry/batch", MEDIA_TYPES[settings.format], settings.encoding)
 
     def warm_up(self, satellite: Int64s, time_us: int) -> None:
@@ -119,10 +119,10 @@ class RequestMaker:
             self._single.number(matrix, self._head_length)
             each = zip(split_rows(matrix), due[singles].tolist(), singles.tolist(), strict=True)
             requests += [Request(text, when, block, row, 1) for text, when, row in each]
-        for first in range(0, len(batched), self._batch):
-            rows = batched[first : first + self._batch]
-            data = self._envelope.wrap(self._body.parts(readings.pick(rows)))
-            requests.append(Request(data, float(due[rows[-1]]), block, rows, len(rows)))
+        if len(batched):
+            for turn, parts in enumerate(self._body.bodies(readings.pick(batched), self._batch)):
+                rows = batched[turn * self._batch : (turn + 1) * self._batch]
+                requests.append(Request(self._envelope.wrap(parts), float(due[rows[-1]]), block, rows, len(rows)))
         if len(singles) and len(batched):
             requests.sort(key=lambda request: request.due)
         block.open = len(requests)

@@ -148,37 +148,41 @@ class JsonRows:
 
 
 class JsonColumns:
-    """Print readings as a JSON object of arrays: one matrix of cells a column. ids and first as for JsonRows."""
+    """Print readings as a JSON object of arrays: one matrix of cells a column. ids and first as for JsonRows.
 
-    def __init__(self, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...]) -> None:
-        self._ids = ids
+    The matrices are reused: what `write` returned is good until the next call.
+    """
+
+    def __init__(
+        self, ids: npt.NDArray[np.bytes_], first: int, channels: tuple[Channel, ...], *, capacity: int
+    ) -> None:
+        self._ids = np.array([b'"%s",' % name for name in ids.tolist()])
         self._first = first
         self._numbers = [NumberCells(channel, b",") for channel in channels]
-        self._names = [b'],"%s":[' % channel.name.encode() for channel in channels]
-        self._id = np.dtype([("open", "S1"), ("id", ids.dtype), ("close", "S2")])
-        self._time = np.dtype([("open", "S1"), *TIME_CELLS, ("close", "S2")])
-        self._cells = [np.dtype([("whole0", n.whole.dtype), ("part0", n.part.dtype)]) for n in self._numbers]
+        self._names = [b'{"satellite_id":[', b'],"timestamp":[', *(b'],"%s":[' % c.name.encode() for c in channels)]
+        self._kinds = [
+            np.dtype([("open", "S1"), *TIME_CELLS, ("close", "S2")]),
+            *(np.dtype([("whole0", n.whole.dtype), ("part0", n.part.dtype)]) for n in self._numbers),
+        ]
+        self._columns: list[Text] = []
+        self._grow(capacity)
 
-    def write(self, readings: Readings) -> list[bytes | memoryview]:
-        """Print n > 0 readings; return the pieces of the object in order."""
+    def _grow(self, count: int) -> None:
+        times, *_ = self._columns = [np.empty(count, kind) for kind in self._kinds]
+        times["open"], times["close"] = b'"', b'",'
+
+    def write(self, readings: Readings) -> list[tuple[bytes, npt.NDArray[np.uint8]]]:
+        """Print n readings; return what goes before each column, and its cells, (n, width) bytes, commas included."""
         count = len(readings.satellite)
-        ids = np.empty(count, dtype=self._id)
-        times = np.empty(count, dtype=self._time)
-        for cells in (ids, times):
-            cells["open"], cells["close"] = b'"', b'",'
-        ids["id"] = np.take(self._ids, readings.satellite - self._first)
+        if count > len(self._columns[0]):
+            self._grow(count)
+        times, *values = [cells[:count] for cells in self._columns]
         write_time(times, readings.time_us)
-        pieces: list[bytes | memoryview] = [b'{"satellite_id":[', _column(ids), b'],"timestamp":[', _column(times)]
         for index, number in enumerate(self._numbers):
-            cells = np.empty(count, dtype=self._cells[index])
-            number.write(cells, 0, readings.values[index])
-            pieces += [self._names[index], _column(cells)]
-        return [*pieces, b"]}"]
-
-
-def _column(cells: Text) -> memoryview:
-    """Return a column's cells as text, without the comma after the last."""
-    return memoryview(cells.tobytes())[:-1]
+            number.write(values[index], 0, readings.values[index])
+        columns = (np.take(self._ids, readings.satellite - self._first), times, *values)
+        texts = (cells.view(np.uint8).reshape(count, -1) for cells in columns)
+        return list(zip(self._names, texts, strict=True))
 
 
 def write_time(rows: Text, time_us: Int64s) -> None:

@@ -66,9 +66,14 @@ def test_a_batch_parses_back_to_exactly_the_readings(channels: str, kind: str) -
     readings = some_readings(channels, 500)
     body = make_body(kind, satellite_ids(0, 1_000, 1_000), 0, CHANNEL_SETS[channels], 100)
     for part in (readings, readings.pick(np.arange(7)), readings.pick(np.array([3, 9, 300])), readings):
-        text = b"".join(body.parts(part))
-        assert len(text) == sum(len(piece) for piece in body.parts(part))
-        assert parse(kind, text) == points_of(part, CHANNEL_SETS[channels])
+        for size in (1_000, 200, 4):
+            texts = []
+            for pieces in body.bodies(part, size):
+                texts.append(b"".join(pieces))
+                assert len(texts[-1]) == sum(len(piece) for piece in pieces)
+            batches = [parse(kind, text) for text in texts]
+            assert [point for batch in batches for point in batch] == points_of(part, CHANNEL_SETS[channels])
+            assert all(len(batch) == size for batch in batches[:-1])
 
 
 UNPACK = {
