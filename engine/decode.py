@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from engine import arrow_ipc
-from engine.channels import CHANNELS, MAX_ID_BYTES
+from engine.channels import CHANNELS, MAX_ID_BYTES, Channel
 from engine.points import (
     ALLOWED,
     NEEDED,
@@ -170,11 +170,13 @@ class Decoder(Rules):
             raw = table.get(channel.name)
             if raw is None or (not channel.required and raw.count(None) == length):
                 continue
-            column = _floats(raw, length)
-            if column is None and not channel.required and set(map(type, raw)) <= _NUMBERS_AND_NULL:
+            column = _floats(raw, length, channel)
+            if column is None:
+                if channel.required or not set(map(type, raw)) <= _NUMBERS_AND_NULL:
+                    return None
                 column = np.array(raw, np.float64)  # None becomes NaN, which JSON itself cannot bring
-            if column is None or not inside(column, channel, gaps=not channel.required):
-                return None
+                if not inside(column, channel, gaps=True):
+                    return None
             values[channel.name] = column
         texts = table.get("timestamp")
         times = np.full(length, now_us, np.int64) if texts is None else self.times(texts, now_us)
@@ -196,14 +198,20 @@ def _reason(body: bytes, error: orjson.JSONDecodeError) -> str:
     return f"{error.msg} (line {error.lineno}, column {error.colno})"
 
 
-def _floats(raw: Sequence[Any], length: int) -> Floats | None:
-    """Turn numbers into an array, in a third of the time of np.array; None if there is anything else among them."""
+def _floats(raw: Sequence[Any], length: int, channel: Channel) -> Floats | None:
+    """Turn numbers in the channel's range into an array, in a third of the time of np.array; None if one is not."""
     try:
         column = np.frombuffer(struct.pack(f"{length}d", *raw))
     except (struct.error, OverflowError):
         return None
-    doubtful = length < MANY or ((column == 0) | (column == 1)).any()  # false and true pass for 0 and 1
-    return None if doubtful and bool in set(map(type, raw)) else column
+    low, high = np.minimum.reduce(column), np.maximum.reduce(column)
+    if not (channel.low <= low and high <= channel.high):
+        return None
+    if low <= 1 and high >= 0:  # false and true pass for 0 and 1
+        doubtful = length < MANY or ((column == 0) | (column == 1)).any()
+        if doubtful and bool in set(map(type, raw)):
+            return None
+    return column
 
 
 def _ids(ids: Sequence[Any]) -> Ids | None:
