@@ -38,6 +38,8 @@ STAGES = ("edge", "writer", "maintenance", "supervisor")
 WARM_UP_S = 8.0
 """How long the warm-up lasts, and COPY alone, at most."""
 PARSING_S = 4.0
+SPARE = 1.25
+"""How many times the points that the warm-up's pace comes to are prepared."""
 HISTORY_BATCH = 100_000
 HISTORY_DAYS = 10
 HISTORY_PAIRS = 5
@@ -106,6 +108,8 @@ class Stage:
     connection: psycopg.Connection[Any]
     service: int
     bench: trial.Bench
+    pace: float
+    """Points/s committed in the warm-up."""
 
 
 @contextmanager
@@ -124,9 +128,10 @@ def stage(satellites: int, options: argparse.Namespace, name: str = "bench") -> 
             overrides = rig.overrides(dsn, lane_dir, flags.workers, flags.writers)
             with rig.service(overrides, lane_dir) as (service, url):
                 warm = argparse.Namespace(**{**vars(flags), "seconds": min(options.seconds, WARM_UP_S)})
-                trial.Bench(service.pid, url, lane_dir, connection, warm).trial(options.rate)
+                pace = trial.Bench(service.pid, url, lane_dir, connection, warm).trial(options.rate).committed
                 trial.empty(dsn, checkpoint=True)
-                yield Stage(dsn, connection, service.pid, trial.Bench(service.pid, url, lane_dir, connection, flags))
+                bench = trial.Bench(service.pid, url, lane_dir, connection, flags)
+                yield Stage(dsn, connection, service.pid, bench, pace)
     finally:
         shutil.rmtree(lane_dir, ignore_errors=True)
         shutil.rmtree(home, ignore_errors=True)
@@ -140,7 +145,7 @@ def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
         trial.empty(on.dsn, checkpoint=True)  # as COPY alone finds it
         parsing = [orjson_us(options.batch)]
         memory = Memory(on.service)
-        found = on.bench.trial(options.rate)
+        found = on.bench.trial(options.rate, int(SPARE * on.pace * options.seconds) if options.prepare else 0)
         sizes = memory.stop()
         parsing.append(orjson_us(options.batch))
         ceiling.measure()
@@ -205,6 +210,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=1, help="measure every fleet so many times, in turns (1)")
     add("--seconds", type=float, default=5.0)
     add("--rate", type=float, default=0.0, help="points/s (as many as are taken)")
+    add("--prepare", action="store_true", help="make the points before they are sent, as the rows of COPY alone are")
     add("--batch", type=int, default=1000)
     add("--format", default="json", choices=["json", "columnar", "ndjson", "arrow"])
     add("--workers", type=int, default=2)
@@ -246,7 +252,7 @@ def main() -> int:
         name: round(statistics.median(last[name] / first[name] for first, last in turns), 3)
         for name in ("committed_per_second", "copy_per_second")
     }
-    names = ("seconds", "rounds", "rate", "batch", "format", "workers", "writers", "history")
+    names = ("seconds", "rounds", "rate", "prepare", "batch", "format", "workers", "writers", "history")
     name = options.name or f"ingest-{options.format}"
     path = results.save(
         name,

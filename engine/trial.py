@@ -135,10 +135,10 @@ def scratch(server: str) -> Iterator[str]:
             owner.execute(drop.format(sql.Identifier(name)))
 
 
-def load_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
+def load_flags(rate: float, options: argparse.Namespace, prepared: int = 0) -> dict[str, Any]:
     """Return the simulator's flags for `rate` points/s (0: as many as are taken); options: satellites, seconds, batch,
-    and perhaps format."""
-    return {
+    and perhaps format. `prepared`: so many points at most, made before the first is sent."""
+    flags = {
         "--satellites": options.satellites,
         "--rate": rate / options.satellites,
         "--duration": options.seconds,
@@ -147,6 +147,7 @@ def load_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "--anomaly-rate": 0,
         "--quiet": True,
     }
+    return flags | ({"--points": prepared, "--prepare": True} if prepared else {})
 
 
 def overload_flags(rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -248,12 +249,15 @@ class Bench:
         self._connection = connection
         self._options = options
 
-    def trial(self, rate: float) -> Trial:
-        """Send `rate` points/s (0: as many as are taken), wait until all are committed, and return what came of it."""
+    def trial(self, rate: float, prepared: int = 0) -> Trial:
+        """Send `rate` points/s (0: as many as are taken), wait until all are committed, and return what came of it.
+
+        `prepared`: of rate 0 alone, send so many points at most, and make them before the first is sent.
+        """
         options = self._options
         committed, compressed, bins, cpu = self._committed(), self._compressed(), self._bins(), self._cpu()
         begin = time.monotonic()
-        report = rig.simulate(self._url, load_flags(rate, options))
+        report = rig.simulate(self._url, load_flags(rate, options, prepared))
         now = time.monotonic()
         self._await(committed + report["accepted"])
         drained = time.monotonic()

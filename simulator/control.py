@@ -161,6 +161,8 @@ class Run:
                     sender = SenderProcess(job)
                     self._senders.append(sender)
                     selector.register(sender, selectors.EVENT_READ)
+                if self._stderr and self._report.settings.prepare:
+                    print(f"  making {self._report.settings.points:,} points", file=self._stderr, flush=True)
                 self._pump(selector, lambda: all(s.ready or s.done for s in self._senders), None)
                 start = self._go()
                 progress = Progress(self._stderr, start) if self._stderr else None

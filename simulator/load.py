@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,6 +176,7 @@ class Plan:
         # Satellites in turn, from any of them on, for as many points as a block has.
         self._rounds = job.first + np.arange(self._satellites + self._size) % self._satellites
         self._next = 0
+        self._prepared: deque[tuple[Block, list[Request]]] | None = None
         self._schedule: OpenLoop | None = None
         if settings.rate:
             self._schedule = OpenLoop(self._satellites, settings.rate, settings.duration, job.points, settings.profile)
@@ -200,14 +203,30 @@ class Plan:
             return None
         return self._schedule.due(min(now, self.end) - self.start.monotonic)
 
+    def prepare(self, stopped: Callable[[], bool]) -> None:
+        """Make all blocks of a closed loop with a limit of points now: from then on they are only handed out.
+
+        `stopped` is asked between two blocks whether to leave it.
+        """
+        self._prepared = deque()
+        while not stopped() and (made := self._make_block(time.monotonic())):
+            self._prepared.append(made)
+
     def next_block(self, now: float) -> tuple[Block, list[Request]] | None:
-        """Make the next points and their requests (none when all their satellites are silent); None: no more points."""
+        """Return the next points and their requests (none when all their satellites are silent); None: no more."""
+        if now >= self.last_start:
+            return None
+        if self._prepared is not None:
+            return self._prepared.popleft() if self._prepared else None
+        return self._make_block(now)
+
+    def _make_block(self, now: float) -> tuple[Block, list[Request]] | None:
         if self._schedule is not None:
             left = self._schedule.left(self._next)
         else:
             left = math.inf if self._limit is None else self._limit - self._next
         count = int(min(self._size, left))
-        if count <= 0 or now >= self.last_start:
+        if count <= 0:
             return None
         if self._schedule is not None:
             offsets = self._schedule.offsets(self._next, count)

@@ -16,6 +16,7 @@ import heapq
 import json
 import os
 import random
+import select
 import selectors
 import signal
 import sys
@@ -297,15 +298,17 @@ def main() -> int:
     spool: Spool | None = None
     try:
         spool = Spool(job.spool, anomalies_only=job.settings.sent_log is None) if job.spool else None
+        # Nothing here makes reference cycles; a full collection would stop the schedule for milliseconds.
+        gc.disable()
         plan = Plan(job) if job.settings.replay is None else ReplayPlan(job)
+        if job.settings.prepare and isinstance(plan, Plan):
+            plan.prepare(stopped=lambda: bool(select.select([control], [], [], 0)[0]))
         tell(output, {"ready": True})
         word, _, start = control.readline().partition(b" ")
         if word != b"go":
             tell(output, {"result": Tally().export(), "latencies": Latencies().export()})
             return 0
         plan.begin(Start(**json.loads(start)))
-        # Nothing here makes reference cycles; a full collection would stop the schedule for milliseconds.
-        gc.disable()
         Sender(job, plan, spool, control, output).run()
     except (OSError, MemoryError, ElementsError) as error:
         tell(output, {"failed": f"sender {job.number}: {str(error) or type(error).__name__}"})

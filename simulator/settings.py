@@ -20,8 +20,8 @@ class Settings:
 
     rate: points/s a satellite, the mean of the profile, 0 = as fast as answers come; duration: seconds, None = until
     `points` are sent; points: None = no limit; anomaly_rate and single_share: 0 to 1; connections: a process; timeout:
-    seconds a request; tle, sent_log, truth: files; start_us: the first point's timestamp, None = now; replay: the file
-    that is played instead of the fleet, `speed` times as fast.
+    seconds a request; tle, sent_log, truth: files; start_us: the first point's timestamp, None = now; prepare: make all
+    requests before the first is sent; replay: the file that is played instead of the fleet, `speed` times as fast.
     """
 
     api_url: str
@@ -45,6 +45,7 @@ class Settings:
     encoding: str = "identity"
     idempotency_keys: bool = False
     start_us: int | None = None
+    prepare: bool = False
     replay: str | None = None
     speed: float = 1.0
 

@@ -183,6 +183,27 @@ def test_an_open_loop_still_sends_what_it_is_late_with_and_a_closed_one_stops() 
     assert not all_requests(jobs(replace(SETTINGS, rate=0.0))[0], now=1_002.0)
 
 
+def test_what_was_prepared_is_what_would_have_been_made_and_ends_with_the_run() -> None:
+    settings = replace(SETTINGS, rate=0.0, points=1_000, start_us=NOW_US, anomaly_rate=0.2)
+    plan = Plan(jobs(settings)[0])
+    plan.prepare(stopped=lambda: False)
+    plan.begin(Start(1_000.0, NOW_US))
+    prepared = []
+    while made := plan.next_block(1_000.0):
+        prepared += made[1]
+    made_then = all_requests(jobs(settings)[0])
+    assert sum(request.points for request in prepared) == sum(request.points for request in made_then) > 900
+    for one, other in zip(prepared, made_then, strict=True):
+        assert [point["satellite_id"] for point in split(one)[1]] == [
+            point["satellite_id"] for point in split(other)[1]
+        ]
+
+    late = Plan(jobs(settings)[0])
+    late.prepare(stopped=lambda: False)
+    late.begin(Start(1_000.0, NOW_US))
+    assert late.next_block(1_001.9) and not late.next_block(1_002.0)
+
+
 def test_a_limit_of_points_ends_an_open_loop_early() -> None:
     """Or a service that refuses for ever would be tried for ever."""
     for duration in (None, 100.0):

@@ -189,6 +189,7 @@ def with_outcome(outcomes: dict[Key, str], outcome: str) -> set[Key]:
         ("--rate", "200", "--duration", "0.3", "--batch", "50", "--format", "ndjson", "--channels", "all"),
         ("--rate", "200", "--duration", "0.3", "--batch", "50", "--single-share", "0.2", "--processes", "2"),
         ("--rate", "0", "--points", "3000", "--batch", "100", "--single-share", "0.05", "--processes", "2"),
+        ("--rate", "0", "--points", "3000", "--batch", "100", "--single-share", "0.05", "--prepare"),
     ],
 )
 def test_the_log_is_exactly_what_the_server_accepted(flags: tuple[str, ...], server: Server, simulate: Any) -> None:
@@ -296,6 +297,18 @@ def test_ctrl_c_settles_what_is_under_way_and_reports(server: Server, simulate: 
     assert with_outcome(outcomes, "refused") == set(server.keys(MUCH_LATER))
     assert with_outcome(outcomes, "unknown") == set(server.keys(SILENCE))
     assert with_outcome(outcomes, "accepted") == set(server.keys(ACCEPT))
+
+
+def test_ctrl_c_while_points_are_made_sends_none_and_leaves_no_sender(server: Server) -> None:
+    flags = ["--rate", "0", "--batch", "1000", "--points", "5000000", "--prepare", "--api-url", server.url]
+    command = [sys.executable, "-m", "simulator", *flags]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        assert run.stderr is not None
+        assert run.stderr.readline() == b"  making 5,000,000 points\n"
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 130
+        assert run.stderr.read() == b""  # no sender had to be killed
+    assert not server.received
 
 
 def test_a_sender_that_dies_is_reported(
