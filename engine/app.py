@@ -12,7 +12,7 @@ import orjson
 
 from engine import answers, body, keys, lanes, metrics, openapi, problems, rows, settings, stats
 from engine.body import ARROW, JSON, NDJSON
-from engine.decode import Decoder
+from engine.decode import Content, Decoder
 from engine.guard import Guard
 from engine.health import describe
 from engine.points import DecodeError, Rejects
@@ -30,7 +30,7 @@ POINT_BODY_BYTES: Final = 64 << 10
 DURABILITY: Final = "OrbitStream-Durability"
 
 
-def idempotency_key(request: falcon.Request, content: bytes) -> bytes:
+def idempotency_key(request: falcon.Request, content: Content) -> bytes:
     """Return what the record carries of the Idempotency-Key, empty without one; raises Problem for a bad one.
 
     A key is its token's own: the same key under another token is another key.
@@ -123,7 +123,7 @@ class BatchResource:
     def __init__(self, lane: Lane, decoder: Decoder, config: Settings, guard: Guard | None) -> None:
         self._lane, self._guard = lane, guard
         self._max_body_bytes, self._durability = config.max_body_bytes, config.durability
-        self._decoders: dict[str, Callable[[bytes, int, Rejects | None], Columns]] = {
+        self._decoders: dict[str, Callable[[Content, int, Rejects | None], Columns]] = {
             JSON: decoder.json_batch,
             NDJSON: decoder.ndjson_batch,
             ARROW: decoder.arrow_batch,

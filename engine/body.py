@@ -21,6 +21,24 @@ class Input(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class Lent:
+    """The `wsgi.input` of a body that lies whole in the server's buffer.
+
+    `view` is good until the application returns: where it lies the next request will.
+    """
+
+    __slots__ = ("_position", "view")
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return a copy of what comes next, of all that is left for -1."""
+        start, self._position = self._position, len(self.view) if size < 0 else self._position + size
+        return bytes(self.view[start : self._position])
+
+
 def media_type(request: falcon.Request, *known: str) -> str:
     """Return which of the `known` media types the body is; raises Problem for another."""
     given = (request.content_type or JSON).partition(";")[0].strip().lower()
@@ -29,8 +47,11 @@ def media_type(request: falcon.Request, *known: str) -> str:
     return given
 
 
-def read(request: falcon.Request, limit: int) -> bytes:
-    """Return the whole body, decompressed; raises Problem for one over `limit` bytes, cut short, or corrupt."""
+def read(request: falcon.Request, limit: int) -> bytes | memoryview:
+    """Return the whole body, decompressed; raises Problem for one over `limit` bytes, cut short, or corrupt.
+
+    A view is good until the application returns: what is kept of it must be copied.
+    """
     encoding = request.env.get("HTTP_CONTENT_ENCODING")
     if encoding is None:
         return _read(request, limit)
@@ -46,7 +67,7 @@ def read(request: falcon.Request, limit: int) -> bytes:
     return _decompress(_read(request, limit), ENCODINGS[name], limit)
 
 
-def _read(request: falcon.Request, limit: int) -> bytes:
+def _read(request: falcon.Request, limit: int) -> bytes | memoryview:
     """Return the body as it was sent, of known length or chunked."""
     length = request.content_length
     if length is not None and length > limit:
@@ -54,6 +75,8 @@ def _read(request: falcon.Request, limit: int) -> bytes:
     if length is None and "chunked" not in (request.get_header("Transfer-Encoding") or "").lower():
         return b""
     stream: Input = request.env["wsgi.input"]
+    if type(stream) is Lent:
+        return stream.view
     wanted = limit + 1 if length is None else length
     pieces, got = [], 0
     while got < wanted:
@@ -72,7 +95,7 @@ def _read(request: falcon.Request, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-def _decompress(body: bytes, codec: str, limit: int) -> bytes:
+def _decompress(body: bytes | memoryview, codec: str, limit: int) -> bytes:
     """Return what was compressed, in one member or frame or in several; stops at the first byte over `limit`."""
     try:
         with pa.CompressedInputStream(pa.BufferReader(body), codec) as stream:

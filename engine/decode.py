@@ -27,6 +27,7 @@ from engine.points import (
     alone,
     by_column,
     by_point,
+    extremes,
     has_control,
     inside,
 )
@@ -36,6 +37,9 @@ LARGE: Final = 1 << 20
 """A body over so many bytes is looked at before it is parsed: what parsing it costs must be bounded first."""
 VALUES_A_POINT: Final = 16
 """A point has 12 fields at most; those few more are left to commas in ids, and to unknown fields that are ignored."""
+
+Content = bytes | memoryview
+"""A body. What a view shows may change once it is decoded."""
 
 MANY: Final = 50
 """Values of a column from which on some calls of numpy are less than a look at the type or the length of each."""
@@ -50,7 +54,7 @@ class Decoder(Rules):
     lenient: its bad points are noted there and left out, and only a batch without a good one is an error.
     """
 
-    def point(self, body: bytes, now_us: int) -> Point:
+    def point(self, body: Content, now_us: int) -> Point:
         """Decode one JSON object."""
         checker = Checker(self, now_us, alone)
         point = checker.check(_loads(body), 0)
@@ -58,7 +62,7 @@ class Decoder(Rules):
         assert point is not None
         return point
 
-    def json_batch(self, body: bytes, now_us: int, rejects: Rejects | None = None) -> Columns:
+    def json_batch(self, body: Content, now_us: int, rejects: Rejects | None = None) -> Columns:
         """Decode a JSON array of points, or an object of columns: arrays of equal length."""
         self._bound(body)
         parsed = _loads(body)
@@ -68,7 +72,7 @@ class Decoder(Rules):
             raise DecodeError.invalid("", "wrong-type", "the body must be an array of points, or an object of columns")
         return self._batch(parsed, now_us, rejects)
 
-    def ndjson_batch(self, body: bytes, now_us: int, rejects: Rejects | None = None) -> Columns:
+    def ndjson_batch(self, body: Content, now_us: int, rejects: Rejects | None = None) -> Columns:
         """Decode one JSON object a line; blank lines are skipped."""
         self._bound(body)
         points: list[Any] = []
@@ -85,19 +89,22 @@ class Decoder(Rules):
                     points.append(Unreadable(reason))
         return self._batch(points, now_us, rejects)
 
-    def arrow_batch(self, body: bytes, now_us: int, rejects: Rejects | None = None) -> Columns:
+    def arrow_batch(self, body: Content, now_us: int, rejects: Rejects | None = None) -> Columns:
         """Decode an Arrow IPC stream whose columns are the fields of a point."""
-        return arrow_ipc.decode(body, self, now_us, rejects)
+        return arrow_ipc.decode(bytes(body), self, now_us, rejects)  # what is remembered of it lies in its bytes
 
-    def _bound(self, body: bytes) -> None:
+    def _bound(self, body: Content) -> None:
         """Refuse what would cost far more memory than the most points that are taken: `[],[],...`, say.
 
         An object or array takes 60 to 230 bytes once parsed, another value 60, a dictionary's entry 150, against two
         to eight in the body.
         """
-        if len(body) > LARGE and (
-            body.count(b"{") + body.count(b"[") > 2 * self.max_points + VALUES_A_POINT
-            or body.count(b",") > VALUES_A_POINT * self.max_points
+        if len(body) <= LARGE:
+            return
+        text = bytes(body)
+        if (
+            text.count(b"{") + text.count(b"[") > 2 * self.max_points + VALUES_A_POINT
+            or text.count(b",") > VALUES_A_POINT * self.max_points
         ):
             raise DecodeError(
                 "too-many-points", f"more values in one request than the {self.max_points} points that are taken have"
@@ -183,11 +190,11 @@ class Decoder(Rules):
         return None if times is None else Columns(times, ids, values, np.zeros(length, np.bool_))
 
 
-def _loads(body: bytes) -> Any:
+def _loads(body: Content) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise DecodeError("malformed-json", f"the body is not JSON: {_reason(body, error)}") from error
+        raise DecodeError("malformed-json", f"the body is not JSON: {_reason(bytes(body), error)}") from error
 
 
 def _reason(body: bytes, error: orjson.JSONDecodeError) -> str:
@@ -204,7 +211,7 @@ def _floats(raw: Sequence[Any], length: int, channel: Channel) -> Floats | None:
         column = np.frombuffer(struct.pack(f"{length}d", *raw))
     except (struct.error, OverflowError):
         return None
-    low, high = np.minimum.reduce(column), np.maximum.reduce(column)
+    low, high = extremes(column)
     if not (channel.low <= low and high <= channel.high):
         return None
     if low <= 1 and high >= 0:  # false and true pass for 0 and 1
@@ -223,7 +230,8 @@ def _ids(ids: Sequence[Any]) -> Ids | None:
     width = len(ids[0]) + 1
     if len(ids) >= MANY and lines.isascii() and len(lines) == width * len(ids) and 1 < width <= MAX_ID_BYTES + 1:
         texts = np.frombuffer(lines.encode(), np.uint8).reshape(-1, width)[:, :-1].copy()
-        if texts.min() >= 0x20 and texts.max() < 0x7F:  # no line ends but where they belong: all are of one width
+        low, high = extremes(texts.reshape(-1))
+        if low >= 0x20 and high < 0x7F:  # no line ends but where they belong: all are of one width
             return texts.view(f"S{width - 1}").reshape(-1)
     if has_control("".join(ids)):
         return None

@@ -192,8 +192,9 @@ class Loop:
             return
         count = client.read(self._buffer)
         if count is not None:
-            client.connection.feed(bytes(self._buffer[:count]))
+            client.connection.feed(self._buffer[:count])
             self._serve(client)
+            client.connection.give_back()
 
     def _serve(self, client: Client) -> None:
         """Answer the whole requests that are there, and send unless an answer is held."""

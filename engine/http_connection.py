@@ -7,6 +7,7 @@ from enum import Enum
 from io import BytesIO
 from typing import Any, Final
 
+from engine.body import Lent
 from engine.http_head import CHUNKED, MAX_HEAD, MAX_REQUEST_LINE, Head, Heads, bad, is_field, named_path
 from engine.problems import Problem
 
@@ -17,6 +18,9 @@ MAX_TRAILER: Final = 8190
 BODIES_AT_ONCE: Final = 8
 """So many bodies of the largest size may be under way in one worker, of all its connections together: 128 MiB by
 default. Nobody is kept out whose request comes in one read, as up to 256 KiB do."""
+
+LEND_BYTES: Final = 4096
+"""Shorter bodies are copied: that costs less than to take care of what they lie in."""
 
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -50,7 +54,7 @@ class Room:
 class Connection:
     """Bytes in with `feed`, whole requests out with `next_request`, in order."""
 
-    __slots__ = ("_body", "_data", "_head", "_heads", "_missing", "_room", "_searched", "environ", "phase")
+    __slots__ = ("_body", "_data", "_head", "_heads", "_lent", "_missing", "_room", "_searched", "environ", "phase")
 
     def __init__(self, heads: Heads, environ: dict[str, Any], room: Room) -> None:
         """Make a connection whose bodies take of `room` until they are whole or forgotten; `environ` names its ends."""
@@ -58,6 +62,7 @@ class Connection:
         self.environ = environ
         self.phase = Phase.IDLE
         self._data = b""
+        self._lent: memoryview | None = None  # what came, in the server's buffer
         self._searched = 0  # bytes of `_data` that hold no end of a head
         self._head: Head | None = None
         self._body = BytesIO()
@@ -93,15 +98,29 @@ class Connection:
             return path.encode("latin-1").decode("utf-8", "replace")
         return named_path(self._data)
 
-    def feed(self, data: bytes) -> None:
-        """Take bytes that came; call `next_request` until there is none before feeding more."""
-        self._data = self._data + data if self._data else data
+    def feed(self, lent: memoryview) -> None:
+        """Take bytes that came, in a buffer that is lent until `give_back`; call `next_request` until there is none
+        before feeding more."""
+        self._lent = lent
+
+    def give_back(self) -> None:
+        """Copy what no request took of the bytes that were lent."""
+        if self._lent is not None:
+            self._data = self._data + self._lent if self._data else bytes(self._lent)
+            self._lent = None
 
     def next_request(self) -> tuple[dict[str, Any], bool] | None:
         """Return (environ, whether the client would keep the connection) of the next whole request, or None.
 
-        Raises Problem for what is no request: answer it, and close.
+        The body of a request may lie in the buffer that was lent. Raises Problem for what is no request: answer it, and
+        close.
         """
+        if self._lent is not None:
+            request = self._read_lent(self._lent)
+            if request is not None:
+                self._lent = None
+                return request
+            self.give_back()
         if self._head is None:
             found = self._read_head()
             if found is None:
@@ -118,6 +137,20 @@ class Connection:
             self._take()
             return None if self._missing else self._finish()
         return self._finish() if self._read_chunks() else None
+
+    def _read_lent(self, lent: memoryview) -> tuple[dict[str, Any], bool] | None:
+        """Return the request if it came in one piece, alone, under a head that came before, without a copy of its body.
+
+        So do batches from a client in the neighbourhood. None says nothing about what is there.
+        """
+        if self._data or self._head is not None or len(lent) < LEND_BYTES:
+            return None
+        head, end = self._heads.known(bytes(lent[:LEND_BYTES]))
+        if head is None or not LEND_BYTES <= head.length == len(lent) - end <= self._room.max_body:
+            return None
+        environ = head.environ | self.environ
+        environ["wsgi.input"] = Lent(lent[end:])
+        return environ, head.keep_alive
 
     def _read_head(self) -> tuple[Head, int] | None:
         """Return the head and where it ends in the data, once it is there."""

@@ -164,6 +164,11 @@ class Heads:
     def __init__(self) -> None:
         self._memo: dict[bytes, Head] = {}
 
+    def known(self, raw: bytes) -> tuple[Head | None, int]:
+        """Return the head with which `raw` begins if it is remembered, and where it ends."""
+        end = raw.find(b"\r\n\r\n", 0, _MEMO_BYTES) + 4
+        return self._memo.get(raw[:end]), end
+
     def read(self, raw: bytes) -> Head:
         """Return what `parse` returns."""
         head = self._memo.get(raw)

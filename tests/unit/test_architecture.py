@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "recorder": {"episodes", "heartbeat", "limits", "stats"},
     "answers": {"prefer", "producer"},
     "http_head": {"problems"},
-    "http_connection": {"http_head", "problems"},
+    "http_connection": {"body", "http_head", "problems"},
     "http_answer": {"problems"},
     "listeners": set(),
     "http_client": {"http_connection"},
