@@ -20,7 +20,7 @@ crash: .venv/dev  ## each fault of the delivery contract at length, 1,000 random
 	ORBITSTREAM_CRASH_LONG=1 ORBITSTREAM_CRASH_REPORT=$(CURDIR)/crash-report.json \
 	  $(BIN)/python -m pytest -s --timeout 3600 tests/crash tests/unit/test_ring_model.py
 
-bench: .venv/bench  ## what each stage costs, every target and its result, simpler designs, capacity (about 40 minutes)
+bench: .venv/bench  ## what each stage costs, every target and its result, simpler designs, capacity (about an hour)
 	$(BIN)/python -m pytest -q -p no:randomly bench --benchmark-max-time 0.5
 	-$(BIN)/python -m bench.targets --again
 	$(BIN)/python -m bench.peers
