@@ -94,8 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     verify_.add_argument("--deep", action="store_true", help="also count the rows of telemetry against the ledger")
     verify_.add_argument("--json", action="store_true", help="print one JSON object")
     lane = _command(commands, "lanes", operate.lanes_command, "list the lanes, or let a stopped one go on")
-    lane.add_argument("action", choices=("list", "resume"))
-    lane.add_argument("lane", nargs="?", help="the lane to resume: its uuid, or its file name")
+    lane.add_argument(
+        "action",
+        choices=("list", "resume", "adopt"),
+        help="resume: after a restore; adopt: store here what waits in a lane of a database that is gone for good",
+    )
+    lane.add_argument("lane", nargs="?", help="the lane to resume or adopt: its uuid, or its file name")
     lane.add_argument("--json", action="store_true", help="print one JSON object")
     letters = _command(commands, "dead-letters", operate.dead_letters_command, "points that the database refused")
     letters.add_argument("action", choices=("list", "replay", "purge"), help="purge: those replayed, or those named")

@@ -123,7 +123,7 @@ def catch_up(connection: psycopg.Connection[Any], lane: Lane, node: str) -> bool
 
 
 def forgo(connection: psycopg.Connection[Any], lane: Lane, points: int) -> None:
-    """Count points of the lane that went with a restore, and are not to be had again."""
+    """Count points of the lane that went with a restore or another database, and are not to be had again."""
     connection.execute(
         "UPDATE ingest_progress SET forgone_points = forgone_points + %s WHERE lane = %s", [points, lane.uuid]
     )
@@ -143,8 +143,8 @@ def of_another_database(lane: Lane, database: UUID) -> str | None:
     if lane.database is None or lane.database == database:
         return None
     return (
-        f"it was drained into database {lane.database}, this one is {database}: set DATABASE_URL to the former, "
-        "or move the lane away"
+        f"it was drained into database {lane.database}, this one is {database}: set DATABASE_URL to the former or, "
+        f"if that is gone for good, have this one store what waits: `orbitstream lanes adopt {lane.uuid}`"
     )
 
 

@@ -11,17 +11,20 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import psycopg
 
 from engine import dead_letters, lanes, ledger, migrate, tokens, verify
 from engine.consumer import Consumer, SealedConsumer
 from engine.embedded import running_dsn
+from engine.failpoints import ARMED, hit
 from engine.ledger import LaneStoppedError
-from engine.ring import Lane, boot_id
+from engine.ring import Lane, LaneError, boot_id
 from engine.settings import Settings
 
 CLAIM_S: Final = 10.0
+UNREADABLE: Final = "unreadable"
 NO_NODE: Final = "-"
 """Stands in the ledger where a command made the row, and no node is known."""
 
@@ -71,7 +74,7 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
         print(json.dumps(report))
         return 0 if fine else 1
     for part in [*parts, whole]:
-        forgone = f" + forgone with a restore {part.forgone}" if part.forgone else ""
+        forgone = f" + forgone {part.forgone}" if part.forgone else ""
         print(
             f"{part.lane}: published {part.published} = committed {part.committed} + deduplicated {part.deduplicated}"
             f" + dead-lettered {part.dead_lettered}{forgone} + queued {part.queued}, residual {part.residual}"
@@ -86,12 +89,13 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
 def lanes_command(config: Settings, options: argparse.Namespace) -> int:
     """List the lanes, or let one that was stopped go on."""
     lanes.expect(config.lane_dir)
-    if options.action == "resume":
+    act = {"resume": resume, "adopt": adopt}.get(options.action)
+    if act is not None:
         if options.lane is None:
             raise OperateError("which lane? `orbitstream lanes list` shows them")
         with connection(config) as database:
             try:
-                print(resume(database, config.lane_dir, options.lane))
+                print(act(database, config.lane_dir, options.lane))
             except (verify.VerifyError, LaneStoppedError) as error:
                 raise OperateError(str(error)) from error
         return 0
@@ -99,13 +103,19 @@ def lanes_command(config: Settings, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows))
     for row in rows if not options.json else []:
+        if row["state"] == UNREADABLE:
+            print(f"{row['name']:<42} {UNREADABLE}: {row['why']}")
+            continue
         words = f"{row['state']:<8} {row['fill']:>6.1%} full {row['queued_points']:>10} queued"
         print(f"{row['name']:<42} {words}  uuid {row['uuid']}  database {row['database'] or '-'}")
     return 0
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    lane = Lane(path)
+    try:
+        lane = Lane(path)
+    except (OSError, LaneError) as error:
+        return {"name": path.name, "state": UNREADABLE, "why": str(error)}
     sealed = lane.boot != boot_id()
     state = "archived" if path.parent.name == lanes.ARCHIVE else "sealed" if sealed or lane.closed else "live"
     row = {
@@ -130,9 +140,7 @@ def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
     the ledger is. Raises LaneStoppedError, and changes nothing, for a lane of another database.
     """
     path = _find(folder, wanted)
-    found = Lane(path)
-    why = ledger.of_another_database(found, ledger.identity(database))
-    found.close()
+    why = _why_not_ours(path, ledger.identity(database))
     if why is not None:
         raise LaneStoppedError(f"{path.name} stays stopped: {why}")
     was_archived = path.parent.name == lanes.ARCHIVE
@@ -148,22 +156,61 @@ def resume(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
         with database.transaction():
             if not ledger.catch_up(database, lane, NO_NODE):
                 return f"{wanted}: nothing to do, the ledger is not behind it"
-            forgone = verify.balance(database, lane).residual
-            ledger.forgo(database, lane, forgone)
+            forgone = _forgo(database, lane)
         return f"{wanted}: goes on from where it was drained to; {forgone} points of it went with the restore"
     finally:
         consumer.lane.close()
         lock.release()
 
 
+def adopt(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
+    """Have this database take what waits in a lane of another one, which is gone for good; returns what was done.
+
+    The lane's row comes before the word in its header: after a crash between them the lane is still the other's, and
+    this can be done again. What the other database had settled is counted here as forgone, nothing of it is drained
+    again. Raises LaneStoppedError for an archived lane, in which nothing waits.
+    """
+    path, mine = _find(folder, wanted), ledger.identity(database)
+    if _why_not_ours(path, mine) is None:
+        return f"{wanted}: nothing to do, it is of no other database"
+    if path.parent.name == lanes.ARCHIVE:
+        raise LaneStoppedError(f"{wanted} is archived: nothing waits in it, the database that it is of had it all")
+    consumer, lock = _claim(path)
+    try:
+        lane = consumer.lane
+        consumer.close()
+        with database.transaction():
+            ledger.catch_up(database, lane, NO_NODE)
+            _forgo(database, lane)
+        former = lane.database
+        if ARMED:
+            hit("adopt-before-database")
+        consumer.set_database(mine)
+        return f"{wanted}: what waits in it is stored here now; what database {former} had of it counts as forgone"
+    finally:
+        consumer.lane.close()
+        lock.release()
+
+
+def _why_not_ours(path: Path, database: UUID) -> str | None:
+    lane = Lane(path)
+    try:
+        return ledger.of_another_database(lane, database)
+    finally:
+        lane.close()
+
+
+def _forgo(database: psycopg.Connection[Any], lane: Lane) -> int:
+    """Count what was settled of a lane and is not in this database as forgone; return how many points that are."""
+    forgone = verify.balance(database, lane).residual
+    ledger.forgo(database, lane, forgone)
+    return forgone
+
+
 def _find(folder: Path, wanted: str) -> Path:
     for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
-        lane = Lane(path)
-        try:
-            if wanted in (path.name, path.stem, str(lane.uuid)):
-                return path
-        finally:
-            lane.close()
+        if wanted in (path.name, path.stem, _describe(path).get("uuid")):
+            return path
     raise OperateError(f"there is no lane {wanted} in {folder}: `orbitstream lanes list` shows them")
 
 

@@ -392,3 +392,44 @@ def test_a_lane_never_drains_into_another_database(service: Service, server: str
     assert "went back in time" not in service.output()
     report = json.loads(service.run("verify", "--json").stdout)
     assert report["lanes_of_another_database"] == {f"{listed['uuid']}.ring": listed["database"]}
+    adopted = service.run("lanes", "adopt", listed["uuid"])
+    assert adopted.returncode == 1 and "nothing waits in it" in adopted.stderr
+
+
+def test_what_waits_for_a_database_that_is_gone_is_stored_in_another_by_command(
+    service: Service, server: str, lane_dir: Path
+) -> None:
+    service.environment["ORBITSTREAM_WORKERS"] = "1"
+    service.start()
+    service.post("/telemetry", {**POINT, "satellite_id": "STORED"})
+    eventually(lambda: service.count() == 1)
+    assert service.stop() == 0
+    service.start(healthy=False, DATABASE_URL="postgresql://127.0.0.1:1/gone", ORBITSTREAM_DRAIN_TIMEOUT="1s")
+    for _ in range(2):  # one request, sent twice
+        assert service.post("/telemetry", {**POINT, "satellite_id": "WAITS"}, {"Idempotency-Key": "k"})[0] == 202
+    assert service.stop() == 0
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS test_other WITH (FORCE)")
+        connection.execute("CREATE DATABASE test_other")
+    service.database = psycopg.conninfo.make_conninfo(service.database, dbname="test_other")
+    service.environment["DATABASE_URL"] = service.database
+    (lane_dir / "lane-0007.ring").touch()  # somebody's mistake keeps nobody from the others
+    service.start(healthy=False)
+    eventually(
+        lambda: "gone for good, have this one store what waits: `orbitstream lanes adopt" in service.output(), 20
+    )
+    listed = json.loads(service.run("lanes", "list", "--json").stdout)
+    assert [row["state"] for row in listed if row["name"] == "lane-0007.ring"] == ["unreadable"]
+    (lane_dir / "lane-0007.ring").unlink()
+    killed = service.run("lanes", "adopt", "lane-0000.ring", ORBITSTREAM_FAILPOINT="adopt-before-database:1")
+    assert killed.returncode == -signal.SIGKILL
+    adopted = service.run("lanes", "adopt", "lane-0000.ring")
+    assert adopted.returncode == 0, adopted.stderr
+    assert f"what database {listed[0]['database']} had of it counts as forgone" in adopted.stdout
+    eventually(lambda: service.query("SELECT satellite_id FROM telemetry") == [("WAITS",)], 30)
+    verified = service.run("verify", "--deep")
+    assert verified.returncode == 0, verified.stdout
+    assert "published 3 = committed 1 + deduplicated 1 + dead-lettered 0 + forgone 1 + queued 0" in verified.stdout
+    eventually(lambda: service.get("/health")[0] == 200)
+    again = service.run("lanes", "adopt", listed[0]["uuid"])
+    assert (again.returncode, again.stdout) == (0, f"{listed[0]['uuid']}: nothing to do, it is of no other database\n")
