@@ -219,7 +219,10 @@ def parse() -> argparse.Namespace:
     add("--database-url", default=os.environ.get("DATABASE_URL"), help="make a scratch database there (a private one)")
     add("--name", help="of the results' file (ingest-FORMAT)")
     add("--output", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.prepare and options.rate:
+        parser.error("--prepare is for loads that the service sets the pace of: leave out --rate")
+    return options
 
 
 def main() -> int:

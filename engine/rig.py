@@ -139,6 +139,8 @@ def simulate(url: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     if simulator.returncode not in (0, 1):
         raise RigError(f"the simulator ended with exit code {simulator.returncode}")
     report: dict[str, Any] = json.loads(output)
+    if report["started_at"] is None:
+        raise RigError(f"the simulator sent nothing: {'; '.join(report['failures'])}")
     return report
 
 

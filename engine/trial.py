@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -258,12 +259,11 @@ class Bench:
         committed, compressed, bins, cpu = self._committed(), self._compressed(), self._bins(), self._cpu()
         begin = time.monotonic()
         report = rig.simulate(self._url, load_flags(rate, options, prepared))
-        now = time.monotonic()
         self._await(committed + report["accepted"])
-        drained = time.monotonic()
         points = self._committed() - committed
-        # The simulator's start is not load: it counts from its first request. Short waits are told apart no finer.
-        seconds = report["seconds"] + (drained - now)
+        # From when the first request could leave, since what the simulator does before is no load, to the last commit.
+        last = max(beat.last_commit_us for beat in heartbeat.read_all(self._lane_dir))
+        seconds = last / 1e6 - datetime.fromisoformat(report["started_at"]).timestamp()
         p50, p99 = heartbeat.latency_ms(self._bins() - bins, (0.5, 0.99))
         used = self._cpu()
         rig.say(

@@ -163,7 +163,9 @@ class Run:
                     selector.register(sender, selectors.EVENT_READ)
                 if self._stderr and self._report.settings.prepare:
                     print(f"  making {self._report.settings.points:,} points", file=self._stderr, flush=True)
-                self._pump(selector, lambda: all(s.ready or s.done for s in self._senders), None)
+                self._pump(
+                    selector, lambda: any(s.done for s in self._senders) or all(s.ready for s in self._senders), None
+                )
                 start = self._go()
                 progress = Progress(self._stderr, start) if self._stderr else None
                 self._pump(selector, lambda: all(s.done for s in self._senders), progress)
@@ -176,11 +178,13 @@ class Run:
 
     def _go(self) -> float:
         """Start all senders at one moment, and return it; when one could not get ready, or on a signal, none starts."""
-        start = time.monotonic() + LEAD_S
-        word = {"monotonic": start, "time_us": time.time_ns() // 1_000 + round(LEAD_S * 1e6)}
+        started_us = time.time_ns() // 1_000 + round(LEAD_S * 1e6)
+        start = time.monotonic() + LEAD_S  # not before that: no point leaves earlier than the report says
+        word = {"monotonic": start, "time_us": started_us}
         if any(sender.done for sender in self._senders):
             self._stop(start)
         elif not self.interrupted:
+            self._report.started_us = started_us
             for sender in self._senders:
                 sender.say(b"go " + json.dumps(word).encode() + b"\n")
         return start

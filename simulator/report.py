@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from simulator.histogram import Latencies
@@ -56,12 +57,17 @@ class Tally:
 
 @dataclass(slots=True)
 class Report:
-    """Hold the result of a run; `failures` has one line for each sender that died, whose last counts may be short."""
+    """Hold the result of a run.
+
+    failures: a line for each sender that died, whose last counts may be short; started_us: when the first point could
+    leave, microseconds since 1970 UTC, None if none could.
+    """
 
     settings: Settings
     tally: Tally = field(default_factory=Tally)
     latencies: Latencies = field(default_factory=Latencies)
     failures: list[str] = field(default_factory=list)
+    started_us: int | None = None
 
     @property
     def points_per_second(self) -> float:
@@ -89,6 +95,7 @@ class Report:
             "unsent": self.unsent,
             "requests": tally.requests,
             "retries": tally.retries,
+            "started_at": self.started_us and datetime.fromtimestamp(self.started_us / 1e6, UTC).isoformat(),
             "seconds": round(tally.seconds, 3),
             "points_per_second": round(self.points_per_second, 1),
             "latency_ms": self.latencies.milliseconds(),

@@ -125,6 +125,8 @@ class Sender:
             _, _, connection, request = heapq.heappop(self._paused)
             self.tally.retries += request.retried
             self._start(connection, request, now)
+        if self._plan.closed and now < self._started:  # what is scheduled says itself when it is due
+            return
         while self._free and self._more:
             if not self._queue and not self._refill(now):
                 break
@@ -161,7 +163,7 @@ class Sender:
 
     def _patience(self, now: float) -> float:
         """Return how long to wait for events at most, in seconds."""
-        until = self._chores_at
+        until = self._chores_at if now >= self._started else min(self._chores_at, self._started)
         if self._paused:
             until = min(until, self._paused[0][0])
         if self._queue and self._free:

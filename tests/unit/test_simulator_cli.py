@@ -50,7 +50,7 @@ def listener() -> Iterator[str]:
         (["--start", "noon"], "'noon' is not a time"),
         (["--prepare", "--points", "9"], "add --rate 0 --points N"),
         (["--prepare", "--rate", "0"], "add --rate 0 --points N"),
-        (["--prepare", "--rate", "0", "--points", "900000000000"], "in memory, of which half is enough for"),
+        (["--prepare", "--rate", "0", "--points", "900000000000"], "half of what is free has room for"),
         (["--tle", "/no/such/file"], "/no/such/file cannot be read: No such file"),
         (["--format", "xml"], "invalid choice: 'xml'"),
         (["--channels", "none"], "invalid choice: 'none'"),

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -499,3 +500,18 @@ def test_a_connection_that_the_server_closes_while_idle_is_replaced(server: Serv
     assert report["accepted"] == 6 and report["unknown"] == 0
     assert set(outcomes) == set(server.keys())
     assert server.connections >= 6
+
+
+@pytest.mark.parametrize("flags", [(), ("--prepare",)])
+def test_a_closed_loop_sends_nothing_before_its_start(flags: tuple[str, ...], server: Server, simulate: Any) -> None:
+    """Or a rate would count points of more seconds than it divides by."""
+    arrived: list[float] = []
+
+    def note(_: int, __: list[Key]) -> bytes:
+        arrived.append(time.time())
+        return ACCEPT
+
+    server.script = note
+    _, report, _ = simulate("--rate", "0", "--points", "500", "--batch", "50", *flags)
+    started = datetime.fromisoformat(report["started_at"]).timestamp()
+    assert min(arrived) >= started
