@@ -17,8 +17,8 @@ from simulator.schedule import PROFILES
 from simulator.settings import Settings, default_connections, default_processes
 
 DEFAULT_DURATION = 10.0
-# What prepared points take in memory at most, and their requests, what differs in their heads aside. Seen, with keys and
-# all channels: 393 bytes a point in batches of 10 in JSON, 796 alone, 1,224 in pairs in Arrow.
+# What prepared points take in memory at most, and their requests but for what differs in heads. Seen, with keys and all
+# channels: 393 bytes a point in batches of 10 in JSON, 796 alone, 1,224 in pairs in Arrow.
 POINT_BYTES = 400
 REQUEST_BYTES = 2_000
 EPILOG = """\
