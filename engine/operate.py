@@ -202,7 +202,7 @@ def _why_not_ours(path: Path, database: UUID) -> str | None:
 
 def _forgo(database: psycopg.Connection[Any], lane: Lane) -> int:
     """Count what was settled of a lane and is not in this database as forgone; return how many points that are."""
-    forgone = verify.balance(database, lane).residual
+    forgone = max(0, verify.balance(database, lane).residual)  # counters that outlived a power loss may be of before
     ledger.forgo(database, lane, forgone)
     return forgone
 
