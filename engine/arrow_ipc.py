@@ -19,7 +19,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine.channels import BY_NAME, CHANNELS, MAX_ID_BYTES
-from engine.points import ALLOWED, FUTURE_US, DecodeError, Instant, Rejects, Rules, by_column, has_control, inside
+from engine.points import (
+    ALLOWED,
+    FUTURE_US,
+    DecodeError,
+    Instant,
+    Rejects,
+    Rules,
+    by_column,
+    extremes,
+    has_control,
+    inside,
+)
 from engine.rows import Columns, Floats, Ids, Times, concatenate
 
 MAX_MESSAGES: Final = 256
@@ -296,7 +307,8 @@ def _times(array: pa.Array, rules: Rules, now_us: int) -> Times | None:
     else:
         low, high = -(-earliest // _MICROSECONDS[unit]), latest // _MICROSECONDS[unit]
     given = raw[valid]
-    if np.minimum.reduce(given) < low or np.maximum.reduce(given) > high:
+    first, last = extremes(given)
+    if first < low or last > high:
         return None
     scaled = given // 1000 if unit == "ns" else given if unit == "us" else given * _MICROSECONDS[unit]
     if not gaps:
@@ -332,7 +344,8 @@ def _known_ids(indices: pa.Array, known: Ids) -> Ids | None:
     if indices.null_count:
         return None
     places = indices.to_numpy()
-    if np.minimum.reduce(places) < 0 or np.maximum.reduce(places) >= len(known):
+    low, high = extremes(places)
+    if low < 0 or high >= len(known):
         return None
     ids: Ids = known.take(places, mode="clip")  # which only says that they need not be looked at again
     return ids
@@ -347,12 +360,13 @@ def _text(array: pa.Array) -> Ids | None:
     """Turn a column of strings without nulls into an array of bytes, if it holds ids and nothing else."""
     offsets = _offsets(array)
     widths = offsets[1:] - offsets[:-1]
-    narrowest, width = int(np.minimum.reduce(widths)), int(np.maximum.reduce(widths))
+    narrowest, width = map(int, extremes(widths))
     if width > MAX_ID_BYTES or narrowest == 0:
         return None
     data = memoryview(array.buffers()[2])[offsets[0] : offsets[-1]]
     flat = np.frombuffer(data, np.uint8)
-    if not (np.minimum.reduce(flat) >= 0x20 and np.maximum.reduce(flat) < 0x7F) and has_control(str(data, "utf-8")):
+    low, high = extremes(flat)
+    if not (low >= 0x20 and high < 0x7F) and has_control(str(data, "utf-8")):
         return None
     if narrowest == width:
         return flat.view(f"S{width}")

@@ -358,17 +358,22 @@ def test_an_older_copy_of_the_lanes_is_not_taken_for_drained(service: Service, l
     )
 
 
+def use_another_database(service: Service, server: str) -> None:
+    """Have the service started next use a new, empty database of the same server."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS test_other WITH (FORCE)")
+        connection.execute("CREATE DATABASE test_other")
+    service.database = psycopg.conninfo.make_conninfo(service.database, dbname="test_other")
+    service.environment["DATABASE_URL"] = service.database
+
+
 def test_a_lane_never_drains_into_another_database(service: Service, server: str, lane_dir: Path) -> None:
     service.environment["ORBITSTREAM_WORKERS"] = "1"
     service.start()
     service.post("/telemetry", POINT)
     eventually(lambda: service.count() == 1)
     assert service.stop() == 0
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute("DROP DATABASE IF EXISTS test_other WITH (FORCE)")
-        connection.execute("CREATE DATABASE test_other")
-    service.database = psycopg.conninfo.make_conninfo(service.database, dbname="test_other")
-    service.environment["DATABASE_URL"] = service.database
+    use_another_database(service, server)
     service.start(healthy=False)
     eventually(lambda: "is stopped, its points are kept: it was drained into database" in service.output(), 20)
     assert service.count() == 0
@@ -408,11 +413,7 @@ def test_what_waits_for_a_database_that_is_gone_is_stored_in_another_by_command(
     for _ in range(2):  # one request, sent twice
         assert service.post("/telemetry", {**POINT, "satellite_id": "WAITS"}, {"Idempotency-Key": "k"})[0] == 202
     assert service.stop() == 0
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute("DROP DATABASE IF EXISTS test_other WITH (FORCE)")
-        connection.execute("CREATE DATABASE test_other")
-    service.database = psycopg.conninfo.make_conninfo(service.database, dbname="test_other")
-    service.environment["DATABASE_URL"] = service.database
+    use_another_database(service, server)
     (lane_dir / "lane-0007.ring").touch()  # somebody's mistake keeps nobody from the others
     service.start(healthy=False)
     eventually(
