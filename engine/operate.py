@@ -168,7 +168,8 @@ def adopt(database: psycopg.Connection[Any], folder: Path, wanted: str) -> str:
 
     The lane's row comes before the word in its header: after a crash between them the lane is still the other's, and
     this can be done again. What the other database had settled is counted here as forgone, nothing of it is drained
-    again. Raises LaneStoppedError for an archived lane, in which nothing waits.
+    again, but for one transaction whose writer died between its COMMIT and its store of the tail: that is in both.
+    Raises LaneStoppedError for an archived lane, in which nothing waits.
     """
     path, mine = _find(folder, wanted), ledger.identity(database)
     if _why_not_ours(path, mine) is None:
