@@ -56,19 +56,21 @@ def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
 
 
 def verify_command(config: Settings, options: argparse.Namespace) -> int:
-    """Print the conservation equation for each lane and in total; exit 1 when it does not hold."""
+    """Print the conservation equation for each lane and in total; exit 1 when it does not hold, or cannot be known."""
     lanes.expect(config.lane_dir)
     with connection(config) as database:
         try:
-            parts, elsewhere = verify.balances(database, config.lane_dir)
+            checked = verify.balances(database, config.lane_dir)
         except (verify.VerifyError, LaneStoppedError) as error:
             raise OperateError(str(error)) from error
         counted = verify.deep(database) if options.deep else None
+    parts, elsewhere, unreadable = checked
     whole = verify.total(parts)
-    fine = all(part.holds for part in parts) and (counted is None or counted[0] == counted[1])
+    fine = all(part.holds for part in parts) and not unreadable and (counted is None or counted[0] == counted[1])
     if options.json:
         report: dict[str, Any] = {"holds": fine, "lanes": [part.as_dict() for part in parts], "total": whole.as_dict()}
         report["lanes_of_another_database"] = {name: str(uuid) for name, uuid in elsewhere.items()}
+        report["unreadable"] = unreadable
         if counted is not None:
             report["deep"] = {"ledger_rows": counted[0], "table_rows": counted[1]}
         print(json.dumps(report))
@@ -81,6 +83,8 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
         )
     for name, uuid in elsewhere.items():
         print(f"{name}: not checked, it is of database {uuid}")
+    for name, why in unreadable.items():
+        print(f"{name}: not checked, {why}")
     if counted is not None:
         print(f"ledger says {counted[0]} rows, telemetry has {counted[1]}")
     return 0 if fine else 1

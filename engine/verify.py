@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
 
 from engine import lanes, ledger
 from engine.consumer import SealedConsumer
-from engine.ring import Lane, boot_id
+from engine.ring import Lane, LaneError, boot_id
 
 ATTEMPTS: Final = 200
 """Looks at one lane until its words and the ledger stood still for the time of a look."""
@@ -52,24 +52,36 @@ class Balance:
         return {**asdict(self), "residual": self.residual}
 
 
-def balances(connection: psycopg.Connection[Any], folder: Path) -> tuple[list[Balance], dict[str, UUID]]:
-    """Return the balance of each lane, archived ones included; and the lanes of other databases, which have theirs.
+class Checked(NamedTuple):
+    """The lanes of a folder: the balance of each; those of other databases, which have theirs; and files that cannot
+    be read as lanes, with the reason."""
+
+    balances: list[Balance]
+    elsewhere: dict[str, UUID]
+    unreadable: dict[str, str]
+
+
+def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
+    """Look at each lane, archived ones included.
 
     Raises LaneStoppedError for a database without an identity, VerifyError.
     """
     database = ledger.identity(connection)
-    found: list[Balance] = []
-    elsewhere: dict[str, UUID] = {}
+    found = Checked([], {}, {})
     for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
-        lane = Lane(path)
+        try:
+            lane = Lane(path)
+        except (OSError, LaneError) as error:
+            found.unreadable[path.name] = str(error)
+            continue
         try:
             if lane.database in (None, database):
-                found.append(balance(connection, lane))
+                found.balances.append(balance(connection, lane))
             else:
-                elsewhere[path.name] = lane.database
+                found.elsewhere[path.name] = lane.database
         finally:
             lane.close()
-    return found, elsewhere
+    return found
 
 
 def balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:

@@ -421,6 +421,9 @@ def test_what_waits_for_a_database_that_is_gone_is_stored_in_another_by_command(
     )
     listed = json.loads(service.run("lanes", "list", "--json").stdout)
     assert [row["state"] for row in listed if row["name"] == "lane-0007.ring"] == ["unreadable"]
+    unknown = service.run("verify")
+    assert unknown.returncode == 1 and "lane-0007.ring: not checked, " in unknown.stdout, unknown.stderr
+    assert "lane-0000.ring: not checked, it is of database" in unknown.stdout, "the others are looked at"
     (lane_dir / "lane-0007.ring").unlink()
     killed = service.run("lanes", "adopt", "lane-0000.ring", ORBITSTREAM_FAILPOINT="adopt-before-database:1")
     assert killed.returncode == -signal.SIGKILL
