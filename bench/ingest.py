@@ -13,8 +13,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +26,8 @@ import psycopg
 
 from bench import results
 from bench.memory import Memory
-from engine import copy_format, migrate, rig, rows, settings, trial
+from engine import copy_format, migrate, rig, settings, trial
 from engine.columnstore import Columnstore
-from engine.decode import Decoder
 from engine.rows import Columns
 from simulator.control import make_jobs
 from simulator.flags import build_parser, settings_from
@@ -39,7 +37,7 @@ FLEETS = (100, 10_000, 100_000)
 STAGES = ("edge", "writer", "maintenance", "supervisor")
 WARM_UP_S = 8.0
 """How long the warm-up lasts, and COPY alone, at most."""
-LEAST_S = 9.0
+PARSING_S = 4.0
 SPARE = 1.25
 """How many times the points that the warm-up's pace comes to are prepared."""
 HISTORY_BATCH = 100_000
@@ -47,23 +45,17 @@ HISTORY_DAYS = 10
 HISTORY_PAIRS = 5
 
 
-def least_us(batch: int) -> dict[str, float]:
-    """Return the CPU time a point, in us, of what no service of this kind can leave out, with all cores at it.
-
-    parse: orjson.loads of an array of points. lists: that, and a list of values for each field, by zip, the fastest of
-    the ways that were compared (itemgetter, comprehensions, dict.values). rows: sorting points and writing them in
-    COPY's binary format. Nothing is checked, and nothing sent.
-    """
+def orjson_us(batch: int) -> float:
+    """Return the CPU time of orjson.loads a point, in us, with all cores at it, as they are in the measurement."""
     cores = os.cpu_count() or 1
     with ProcessPoolExecutor(cores) as pool:
-        found = list(pool.map(_least_us, [batch] * cores))
-    return {work: statistics.mean(each[work] for each in found) for work in found[0]}
+        return statistics.mean(pool.map(_orjson_us, [batch] * cores))
 
 
-def _least_us(batch: int) -> dict[str, float]:
-    """Return what `least_us` does, of one process, over bodies as the simulator sends them.
+def _orjson_us(batch: int) -> float:
+    """Return the CPU time of orjson.loads a point, in us, over bodies as the simulator sends them.
 
-    The mean over LEAST_S, before and after a load: what our processes take meanwhile, which it is compared with, is a
+    The mean over PARSING_S, before and after a load: what our processes take meanwhile, which it is compared with, is a
     mean over as long, and a shared machine changes its pace within seconds.
     """
     flags = ["--rate", "0", "--batch", str(batch), "--satellites", "1000", "--processes", "1"]
@@ -77,30 +69,13 @@ def _least_us(batch: int) -> dict[str, float]:
         assert made is not None
         bodies += [bytes(request.data).partition(b"\r\n\r\n")[2] for request in made[1]]
         points += sum(request.points for request in made[1])
-    decoder = Decoder(max_points=batch, oldest_us=2**62)
-    columns = rows.concatenate([decoder.json_batch(body, time.time_ns() // 1_000) for body in bodies])
-
-    def parse() -> None:
+    begin, rounds, taken = time.process_time(), 0, 0.0
+    while taken < PARSING_S:
         for body in bodies:
             orjson.loads(body)
-
-    def lists() -> None:
-        for body in bodies:
-            found = orjson.loads(body)
-            dict(zip(found[0], zip(*map(dict.values, found), strict=True), strict=True))
-
-    def written() -> None:
-        deque(copy_format.pieces(copy_format.take(columns, copy_format.order(columns)), columns.time), 0)
-
-    works: dict[str, Callable[[], None]] = {"parse": parse, "lists": lists, "rows": written}
-    taken, turns = dict.fromkeys(works, 0.0), 0
-    while sum(taken.values()) < LEAST_S:
-        for name, work in works.items():
-            begin = time.process_time()
-            work()
-            taken[name] += time.process_time() - begin
-        turns += 1
-    return {name: seconds / (turns * points) * 1e6 for name, seconds in taken.items()}
+        rounds += 1
+        taken = time.process_time() - begin
+    return taken / (rounds * points) * 1e6
 
 
 def add_history(connection: psycopg.Connection[Any], points: int, satellites: int) -> None:
@@ -168,14 +143,14 @@ def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
         ceiling = trial.Ceiling(on.dsn, satellites, options.writers, seconds=min(options.seconds, WARM_UP_S))
         ceiling.measure()
         trial.empty(on.dsn, checkpoint=True)  # as COPY alone finds it
-        least = [least_us(options.batch)]
+        parsing = [orjson_us(options.batch)]
         memory = Memory(on.service)
         found = on.bench.trial(options.rate, int(SPARE * on.pace * options.seconds) if options.prepare else 0)
         sizes = memory.stop()
-        least.append(least_us(options.batch))
+        parsing.append(orjson_us(options.batch))
         ceiling.measure()
         edition = str(migrate.find_edition(on.connection))
-    floor = {work: statistics.mean(each[work] for each in least) for work in least[0]}
+    floor = statistics.mean(parsing)
     figures: dict[str, Any] = {
         "satellites": satellites,
         "server": edition,
@@ -189,12 +164,9 @@ def measure(satellites: int, options: argparse.Namespace) -> dict[str, Any]:
         "cpu_us_per_point": {stage: round(value, 3) for stage, value in found.cpu_us.items()},
         "committed_to_cpu": round(found.committed / cpu_bound(found.cpu_us), 3),
         "memory": sizes,
-        "orjson_us_per_point": round(floor["parse"], 3),
-        "cpu_to_orjson": round(sum(found.cpu_us[stage] for stage in STAGES) / floor["parse"], 2),
+        "orjson_us_per_point": round(floor, 3),
+        "cpu_to_orjson": round(sum(found.cpu_us[stage] for stage in STAGES) / floor, 2),
     }
-    if options.format == "json":
-        figures["least_us_per_point"] = {work: round(value, 3) for work, value in floor.items()}
-        figures["share_of_copy_at_the_least"] = round(share_at_the_least(figures), 3)
     return figures
 
 
@@ -218,17 +190,6 @@ def cpu_bound(cpu_us: dict[str, float]) -> float:
     The server and the simulator are taken to be on this machine too.
     """
     return (os.cpu_count() or 1) * 1e6 / sum(cpu_us.values())
-
-
-def share_at_the_least(found: dict[str, Any]) -> float:
-    """Return the share of COPY alone that is left where a point takes nothing but sending, `lists` and `rows`.
-
-    COPY alone has every core; here what sends, parses and writes rows runs on the same ones. No HTTP, no check, no lane
-    and no ledger are in it.
-    """
-    copy = (os.cpu_count() or 1) * 1e6 / found["copy_per_second"]
-    least = found["least_us_per_point"]
-    return float(copy / (copy + least["lists"] + least["rows"] + found["cpu_us_per_point"]["simulator"]))
 
 
 def parse() -> argparse.Namespace:

@@ -75,17 +75,15 @@ def median(figures: Figures, name: str, satellites: int | None = None) -> float:
 def rate(least: float, share: float, *, straight: bool) -> Callable[[Figures], tuple[str, bool]]:
     """Read points/s committed and their share of COPY alone; `straight`: they must go to the columnstore.
 
-    What the cores can do: the rate at which the CPU that a point takes of all processes would keep them all busy. At
-    the least work: the share if a point took nothing but COPY, sending, orjson.loads, lists of values and rows.
+    What the cores can do: the rate at which the CPU that a point takes of all processes would keep them all busy.
     """
 
     def read(figures: Figures) -> tuple[str, bool]:
         got, of_copy = median(figures, "committed_per_second"), median(figures, "committed_to_copy")
         there = median(figures, "straight_to_columnstore")
-        words = f"{got:,.0f} points/s, {of_copy:.2f}"
-        if "share_of_copy_at_the_least" in figures["fleets"][0]:
-            words += f" ({median(figures, 'share_of_copy_at_the_least'):.2f} at the least work)"
-        words += f"; {median(figures, 'committed_to_cpu'):.0%} of what the cores can do"
+        words = (
+            f"{got:,.0f} points/s, {of_copy:.2f}; {median(figures, 'committed_to_cpu'):.0%} of what the cores can do"
+        )
         if straight and there < 0.5:
             return f"{words}; {there:.0%} of it into the columnstore", False
         return words, got >= least and of_copy >= share

@@ -1,0 +1,248 @@
+"""The chain of the engine without what makes a service of it: what orjson and COPY leave of COPY alone at the most.
+
+Two processes find bodies in what a socket brings, parse them with orjson, make columns of the objects and put them into
+shared memory; two others join, sort and COPY them. Of HTTP there is what tells where a body begins and ends. Nothing is
+checked, no checksum is made, no ledger kept, and nothing outlives a fault. Each round is followed by one of the engine:
+the same requests, server and machine.
+
+python -m bench.bare --rounds 5 --database-url postgresql://...
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import statistics
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import psycopg
+
+from bench import results
+from bench.ingest import SPARE, WARM_UP_S, measure
+from engine import copy_format, process, rig, rows, settings, trial
+from engine.channels import CHANNELS
+from engine.columnstore import Columnstore
+from engine.rows import Columns
+from engine.timestamps import parse_all
+
+PAIRS = 2
+"""Receivers, each with a writer of its own, as there are web workers and writers in the engine's rounds."""
+SLOTS, SLOT_BYTES = 512, 1 << 16
+RECORDS = 50
+"""Bodies of one transaction at most."""
+FEW = 10
+"""Bodies for which a writer does not begin at once."""
+BUFFER_BYTES = 1 << 20
+WAIT_S = 60.0
+REQUIRED = tuple(channel.name for channel in CHANNELS if channel.required)
+ANSWER = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"
+LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+HEAD, TAIL, COMMITTED, LAST_NS = 0, 8, 16, 24
+
+
+class Slots:
+    """Shared memory between one receiver and one writer: words, and slots that are filled and emptied in turn."""
+
+    def __init__(self) -> None:
+        view = memoryview(mmap.mmap(-1, mmap.PAGESIZE + SLOTS * SLOT_BYTES))
+        self.words, self.data = view[: mmap.PAGESIZE].cast("Q"), view[mmap.PAGESIZE :]
+
+    def put(self, columns: Columns) -> None:
+        """Fill the next slot, and wait for one that is empty."""
+        while self.words[HEAD] - self.words[TAIL] >= SLOTS:
+            time.sleep(0.0005)
+        payload = b"".join(rows.pack(columns))
+        start = self.words[HEAD] % SLOTS * SLOT_BYTES
+        self.data[start : start + 4 + len(payload)] = struct.pack("<I", len(columns)) + payload
+        self.words[HEAD] += 1
+
+    def take(self) -> list[tuple[int, int, memoryview]]:
+        """Return what waits, RECORDS bodies at most, as `rows.unpack` wants it."""
+        found = []
+        for place in range(self.words[TAIL], min(self.words[HEAD], self.words[TAIL] + RECORDS)):
+            start = place % SLOTS * SLOT_BYTES
+            found.append((int.from_bytes(self.data[start : start + 4], "little"), 0, self.data[start + 4 :]))
+        return found
+
+
+def to_columns(body: memoryview) -> Columns:
+    """Turn an array of points into columns; whoever sends points of another kind than the simulator's gets nonsense."""
+    points = orjson.loads(body)
+    table = dict(zip(points[0], zip(*map(dict.values, points), strict=True), strict=True))
+    times = parse_all(table["timestamp"])
+    assert times is not None
+    ids = "".join(table["satellite_id"]).encode()
+    return Columns(
+        time=times,
+        satellite_id=np.frombuffer(ids, f"S{len(ids) // len(points)}"),
+        values={name: np.frombuffer(struct.pack(f"{len(points)}d", *table[name])) for name in REQUIRED},
+        is_anomaly=np.zeros(len(points), np.bool_),
+    )
+
+
+def receive(listener: socket.socket, slots: Slots) -> None:
+    """Answer each request once its points are in shared memory; never ends."""
+    poll = select.epoll()
+    poll.register(listener.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+    clients: dict[int, tuple[socket.socket, bytearray]] = {}
+    filled: dict[int, int] = {}
+    while True:
+        for fd, _ in poll.poll():
+            if fd == listener.fileno():
+                try:
+                    client, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                poll.register(client.fileno(), select.EPOLLIN)
+                clients[client.fileno()], filled[client.fileno()] = (client, bytearray(BUFFER_BYTES)), 0
+                continue
+            client, buffer = clients[fd]
+            got = client.recv_into(memoryview(buffer)[filled[fd] :])
+            if not got:
+                client.close()
+                del clients[fd]
+                continue
+            filled[fd] = answer(client, buffer, filled[fd] + got, slots)
+
+
+def answer(client: socket.socket, buffer: bytearray, filled: int, slots: Slots) -> int:
+    """Answer the whole requests in a buffer; return how many bytes of the next one are left, at its beginning."""
+    while (body := buffer.find(b"\r\n\r\n", 0, filled) + 4) > 3:
+        length = LENGTH.search(buffer, 0, body)
+        assert length is not None
+        end = body + int(length[1])
+        if filled < end:
+            break
+        slots.put(to_columns(memoryview(buffer)[body:end]))
+        client.send(ANSWER)
+        buffer[: filled - end] = buffer[end:filled]
+        filled -= end
+    return filled
+
+
+def write(dsn: str, slots: Slots) -> None:
+    """COPY what comes, sorted, straight to the columnstore where the server can do that; never ends."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        columnstore = Columnstore(connection)
+        while True:
+            if slots.words[HEAD] - slots.words[TAIL] < FEW:
+                time.sleep(0.001)
+            records = slots.take()
+            if not records:
+                continue
+            columns, received = rows.unpack(rows.layout(), records)
+            order = copy_format.order(columns)
+            columns = copy_format.take(columns, order)
+            names = ", ".join(copy_format.column_names(columns))
+            with connection.transaction(), connection.cursor() as cursor:
+                columnstore.begin(cursor, len(columns))
+                with cursor.copy(f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
+                    for piece in copy_format.pieces(columns, received[order]):
+                        copy.write(piece)
+                columnstore.end(cursor, len(columns))
+            slots.words[TAIL] += len(records)
+            slots.words[COMMITTED] += len(columns)
+            slots.words[LAST_NS] = time.time_ns()
+
+
+@contextmanager
+def chain(dsn: str) -> Iterator[tuple[str, list[Slots]]]:
+    """Yield the URL of a chain into `dsn`, and its shared memory; its processes are killed afterwards."""
+    ours, fork = os.getpid(), get_context("fork")
+
+    def run(work: Callable[..., None], *arguments: Any) -> None:
+        process.die_with_parent(ours, signal.SIGKILL)
+        process.keep_freed_memory()
+        gc.disable()
+        work(*arguments)
+
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
+        listener.setblocking(False)
+        shared = [Slots() for _ in range(PAIRS)]
+        for slots in shared:
+            for work in ((receive, listener, slots), (write, dsn, slots)):
+                started = fork.Process(target=run, args=work, daemon=True)
+                started.start()
+                stack.callback(started.kill)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", shared
+
+
+def load(url: str, shared: list[Slots], options: argparse.Namespace, prepared: int = 0) -> float:
+    """Send as many points as are taken and wait until all are committed; return points/s, as a trial counts them."""
+    before = sum(slots.words[COMMITTED] for slots in shared)
+    report = rig.simulate(url, trial.load_flags(0, options, prepared))
+    deadline = time.monotonic() + WAIT_S
+    while sum(slots.words[COMMITTED] for slots in shared) - before < report["accepted"]:
+        if time.monotonic() > deadline:
+            raise rig.RigError("the chain did not commit what it took")
+        time.sleep(0.01)  # shared memory is polled; until the deadline
+    last = max(slots.words[LAST_NS] for slots in shared) / 1e9
+    return float(report["accepted"] / (last - datetime.fromisoformat(report["started_at"]).timestamp()))
+
+
+def bare(options: argparse.Namespace) -> tuple[float, float]:
+    """Return points/s of the chain, and rows/s of COPY alone before and after."""
+    config = settings.load({"DATABASE_URL": options.database_url} if options.database_url else {})
+    home = rig.private_folder(Path("/tmp"), "orbitstream-bare")
+    with trial.scratch_database(config, home) as dsn, chain(dsn) as (url, shared):
+        pace = load(url, shared, options)
+        ceiling = trial.Ceiling(dsn, options.satellites, PAIRS, seconds=min(options.seconds, WARM_UP_S))
+        ceiling.measure()
+        trial.empty(dsn, checkpoint=True)
+        rate = load(url, shared, options, int(SPARE * pace * options.seconds))
+        trial.empty(dsn, checkpoint=True)
+        ceiling.measure()
+        return rate, ceiling.rows_per_second
+
+
+def main() -> int:
+    """Measure both in turns, write results/bare.json, print a line a round."""
+    parser = argparse.ArgumentParser(prog="python -m bench.bare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--satellites", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=1000)
+    parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="make scratch databases there")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    configuration = {name: getattr(options, name) for name in ("rounds", "seconds", "satellites", "batch")}
+    engines = argparse.Namespace(
+        **vars(options), workers=PAIRS, writers=PAIRS, rate=0.0, prepare=True, format="json", history=0
+    )
+    found = []
+    for _ in range(options.rounds):
+        rate, copy = bare(options)
+        engine = measure(options.satellites, engines)
+        shares = {"bare": round(rate / copy, 3), "engine": engine["committed_to_copy"]}
+        found.append({"bare_per_second": round(rate), "copy_per_second": round(copy), "shares": shares, **engine})
+        print(
+            f"of COPY alone: the bare chain {shares['bare']:.2f} ({rate:,.0f}/s), the engine {shares['engine']:.2f}"
+            f" ({engine['committed_per_second']:,}/s)",
+            flush=True,
+        )
+    shares = {way: statistics.median(each["shares"][way] for each in found) for way in ("bare", "engine")}
+    path = results.save("bare", configuration, {"rounds": found, "shares": shares}, options.output)
+    print(f"medians: the bare chain {shares['bare']:.2f}, the engine {shares['engine']:.2f} of COPY alone; {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
