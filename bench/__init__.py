@@ -2,6 +2,7 @@
 
 targets.py      every target with its result: runs what is missing of the following, writes the table into README
 ingest.py       end to end with real processes: rate, share of COPY alone, latency, CPU a point, memory, a full table
+bare.py         the chain without HTTP, checks, checksums and ledger, in turns with the engine
 edge.py         the HTTP edge under wrk
 storage.py      bytes a point in the columnstore
 client.py       the simulator alone, against nginx
