@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import statistics
@@ -43,7 +44,9 @@ from engine.timestamps import parse_all
 
 PAIRS = 2
 """Receivers, each with a writer of its own, as there are web workers and writers in the engine's rounds."""
+BATCH = 1000
 SLOTS, SLOT_BYTES = 512, 1 << 16
+"""A slot holds one body: 42 bytes a point."""
 RECORDS = 50
 """Bodies of one transaction at most."""
 FEW = 10
@@ -202,15 +205,18 @@ def bare(options: argparse.Namespace) -> tuple[float, float]:
     """Return points/s of the chain, and rows/s of COPY alone before and after."""
     config = settings.load({"DATABASE_URL": options.database_url} if options.database_url else {})
     home = rig.private_folder(Path("/tmp"), "orbitstream-bare")
-    with trial.scratch_database(config, home) as dsn, chain(dsn) as (url, shared):
-        pace = load(url, shared, options)
-        ceiling = trial.Ceiling(dsn, options.satellites, PAIRS, seconds=min(options.seconds, WARM_UP_S))
-        ceiling.measure()
-        trial.empty(dsn, checkpoint=True)
-        rate = load(url, shared, options, int(SPARE * pace * options.seconds))
-        trial.empty(dsn, checkpoint=True)
-        ceiling.measure()
-        return rate, ceiling.rows_per_second
+    try:
+        with trial.scratch_database(config, home) as dsn, chain(dsn) as (url, shared):
+            pace = load(url, shared, options)
+            ceiling = trial.Ceiling(dsn, options.satellites, PAIRS, seconds=min(options.seconds, WARM_UP_S))
+            ceiling.measure()
+            trial.empty(dsn, checkpoint=True)
+            rate = load(url, shared, options, int(SPARE * pace * options.seconds))
+            trial.empty(dsn, checkpoint=True)
+            ceiling.measure()
+            return rate, ceiling.rows_per_second
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def main() -> int:
@@ -219,10 +225,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--satellites", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="make scratch databases there")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    options.batch = BATCH
     configuration = {name: getattr(options, name) for name in ("rounds", "seconds", "satellites", "batch")}
     engines = argparse.Namespace(
         **vars(options), workers=PAIRS, writers=PAIRS, rate=0.0, prepare=True, format="json", history=0

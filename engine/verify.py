@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -68,9 +69,11 @@ def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
     """
     database = ledger.identity(connection)
     found = Checked([], {}, {})
-    for path in [*lanes.lane_files(folder), *lanes.archived(folder)]:
+    for path in chain.from_iterable(listed(folder) for listed in (lanes.lane_files, lanes.archived)):
         try:
             lane = Lane(path)
+        except FileNotFoundError:  # archived since it was listed, and found there, or removed
+            continue
         except (OSError, LaneError) as error:
             found.unreadable[path.name] = str(error)
             continue
