@@ -1,4 +1,4 @@
-"""The chain of the engine without what makes a service of it: what orjson and COPY leave of COPY alone at the most.
+"""The chain of the engine without what makes a service of it: what orjson and COPY leave of COPY alone.
 
 Two processes find bodies in what a socket brings, parse them with orjson, make columns of the objects and put them into
 shared memory; two others join, sort and COPY them. Of HTTP there is what tells where a body begins and ends. Nothing is
@@ -161,8 +161,8 @@ def write(dsn: str, slots: Slots) -> None:
                         copy.write(piece)
                 columnstore.end(cursor, len(columns))
             slots.words[TAIL] += len(records)
-            slots.words[COMMITTED] += len(columns)
             slots.words[LAST_NS] = time.time_ns()
+            slots.words[COMMITTED] += len(columns)
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def main() -> int:
         rate, copy = bare(options)
         engine = measure(options.satellites, engines)
         shares = {"bare": round(rate / copy, 3), "engine": engine["committed_to_copy"]}
-        found.append({"bare_per_second": round(rate), "copy_per_second": round(copy), "shares": shares, **engine})
+        found.append({"bare_per_second": round(rate), "bare_copy_per_second": round(copy), "shares": shares, **engine})
         print(
             f"of COPY alone: the bare chain {shares['bare']:.2f} ({rate:,.0f}/s), the engine {shares['engine']:.2f}"
             f" ({engine['committed_per_second']:,}/s)",

@@ -69,6 +69,7 @@ def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
     """
     database = ledger.identity(connection)
     found = Checked([], {}, {})
+    seen: set[UUID] = set()  # a lane that is archived while this looks has a second name there
     for path in chain.from_iterable(listed(folder) for listed in (lanes.lane_files, lanes.archived)):
         try:
             lane = Lane(path)
@@ -78,6 +79,9 @@ def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
             found.unreadable[path.name] = str(error)
             continue
         try:
+            if lane.uuid in seen:
+                continue
+            seen.add(lane.uuid)
             if lane.database in (None, database):
                 found.balances.append(balance(connection, lane))
             else:
