@@ -69,7 +69,7 @@ class Slots:
     def put(self, columns: Columns) -> None:
         """Fill the next slot, and wait for one that is empty."""
         while self.words[HEAD] - self.words[TAIL] >= SLOTS:
-            time.sleep(0.0005)
+            time.sleep(0.0005)  # a writer frees slots within a transaction; the chain is killed from outside
         payload = b"".join(rows.pack(columns))
         start = self.words[HEAD] % SLOTS * SLOT_BYTES
         self.data[start : start + 4 + len(payload)] = struct.pack("<I", len(columns)) + payload
@@ -146,7 +146,7 @@ def write(dsn: str, slots: Slots) -> None:
         columnstore = Columnstore(connection)
         while True:
             if slots.words[HEAD] - slots.words[TAIL] < FEW:
-                time.sleep(0.001)
+                time.sleep(0.001)  # shared memory is polled, and more may gather
             records = slots.take()
             if not records:
                 continue
