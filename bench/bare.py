@@ -1,9 +1,9 @@
 """The chain of the engine without what makes a service of it: what orjson and COPY leave of COPY alone.
 
 Two processes find bodies in what a socket brings, parse them with orjson, make columns of the objects and put them into
-shared memory; two others join, sort and COPY them. Of HTTP there is what tells where a body begins and ends. Nothing is
-checked, no checksum is made, no ledger kept, and nothing outlives a fault. Each round is followed by one of the engine:
-the same requests, server and machine.
+shared memory; two others join, sort and COPY them in transactions as large as the engine's. Of HTTP there is what tells
+where a body begins and ends. Nothing is checked, no checksum is made, no ledger kept, and nothing outlives a fault. Its
+rounds are taken in turns with the engine's: the same requests, server and machine.
 
 python -m bench.bare --rounds 5 --database-url postgresql://...
 """
@@ -22,9 +22,11 @@ import socket
 import statistics
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,9 +38,9 @@ import psycopg
 
 from bench import results
 from bench.ingest import SPARE, WARM_UP_S, measure
-from engine import copy_format, process, rig, rows, settings, trial
-from engine.channels import CHANNELS
-from engine.columnstore import Columnstore
+from engine import columnstore, copy_format, drain, process, rig, rows, settings, trial
+from engine.backlog import GATHER_S
+from engine.channels import REQUIRED
 from engine.rows import Columns
 from engine.timestamps import parse_all
 
@@ -47,16 +49,18 @@ PAIRS = 2
 BATCH = 1000
 SLOTS, SLOT_BYTES = 512, 1 << 16
 """A slot holds one body: 42 bytes a point."""
-RECORDS = 50
-"""Bodies of one transaction at most."""
-FEW = 10
-"""Bodies for which a writer does not begin at once."""
+RECORDS, FEW = drain.MAX_TRANSACTION_POINTS // BATCH, columnstore.MIN_POINTS // BATCH
+"""Bodies of one transaction at most, and those for which a writer does not begin before GATHER_S, as in the engine."""
+ACCEPT_PAUSE_S = 1e-4
+"""After each accept the other receiver has so long a connection already held to take the next one."""
 BUFFER_BYTES = 1 << 20
+POLL_S = 0.002
+IDLE_LOOK_S = 0.1
 WAIT_S = 60.0
-REQUIRED = tuple(channel.name for channel in CHANNELS if channel.required)
 ANSWER = b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
-HEAD, TAIL, COMMITTED, LAST_NS = 0, 8, 16, 24
+HEAD, TAIL, COMMITTED, COMPRESSED, LAST_NS, CLIENTS = range(0, 48, 8)
+"""Words of the slots, each on a cache line of its own."""
 
 
 class Slots:
@@ -115,14 +119,19 @@ def receive(listener: socket.socket, slots: Slots) -> None:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 poll.register(client.fileno(), select.EPOLLIN)
                 clients[client.fileno()], filled[client.fileno()] = (client, bytearray(BUFFER_BYTES)), 0
+                slots.words[CLIENTS] = len(clients)
+                time.sleep(len(clients) * ACCEPT_PAUSE_S)
                 continue
             client, buffer = clients[fd]
-            got = client.recv_into(memoryview(buffer)[filled[fd] :])
+            try:
+                got = client.recv_into(memoryview(buffer)[filled[fd] :])
+                if got:
+                    filled[fd] = answer(client, buffer, filled[fd] + got, slots)
+            except ConnectionError:
+                got = 0
             if not got:
                 client.close()
                 del clients[fd]
-                continue
-            filled[fd] = answer(client, buffer, filled[fd] + got, slots)
 
 
 def answer(client: socket.socket, buffer: bytearray, filled: int, slots: Slots) -> int:
@@ -143,35 +152,56 @@ def answer(client: socket.socket, buffer: bytearray, filled: int, slots: Slots) 
 def write(dsn: str, slots: Slots) -> None:
     """COPY what comes, sorted, straight to the columnstore where the server can do that; never ends."""
     with psycopg.connect(dsn, autocommit=True) as connection:
-        columnstore = Columnstore(connection)
+        store = columnstore.Columnstore(connection)
+        since = 0.0
         while True:
-            if slots.words[HEAD] - slots.words[TAIL] < FEW:
-                time.sleep(0.001)  # shared memory is polled, and more may gather
-            records = slots.take()
-            if not records:
+            waiting, now = slots.words[HEAD] - slots.words[TAIL], time.monotonic()
+            since = since if waiting else now
+            if waiting < FEW and (not waiting or now - since < GATHER_S):
+                time.sleep(POLL_S)  # shared memory is polled, and more may gather
                 continue
+            since = now
+            records = slots.take()
             columns, received = rows.unpack(rows.layout(), records)
             order = copy_format.order(columns)
             columns = copy_format.take(columns, order)
             names = ", ".join(copy_format.column_names(columns))
             with connection.transaction(), connection.cursor() as cursor:
-                columnstore.begin(cursor, len(columns))
+                asked = store.begin(cursor, len(columns))
                 with cursor.copy(f"COPY telemetry ({names}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
                     for piece in copy_format.pieces(columns, received[order]):
                         copy.write(piece)
-                columnstore.end(cursor, len(columns))
+                store.end(cursor, len(columns))
             slots.words[TAIL] += len(records)
             slots.words[LAST_NS] = time.time_ns()
+            slots.words[COMPRESSED] += len(columns) * (asked and store.works)
             slots.words[COMMITTED] += len(columns)
 
 
+@dataclass(slots=True)
+class Bare:
+    """One round of the chain: points/s and its share of COPY alone (rows/s) around it, the share that went straight to
+    the columnstore, the share of the CPU that no process used, connections by receiver."""
+
+    per_second: float
+    copy_per_second: float
+    compressed: float
+    idle: float
+    clients: list[int]
+
+    @property
+    def share(self) -> float:
+        return self.per_second / self.copy_per_second
+
+
 @contextmanager
-def chain(dsn: str) -> Iterator[tuple[str, list[Slots]]]:
-    """Yield the URL of a chain into `dsn`, and its shared memory; its processes are killed afterwards."""
+def chain(dsn: str) -> Iterator[tuple[str, list[Slots], Callable[[], bool]]]:
+    """Yield the URL of a chain into `dsn`, its shared memory, and whether it is whole; it is killed afterwards."""
     ours, fork = os.getpid(), get_context("fork")
 
     def run(work: Callable[..., None], *arguments: Any) -> None:
         process.die_with_parent(ours, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         process.keep_freed_memory()
         gc.disable()
         work(*arguments)
@@ -179,42 +209,77 @@ def chain(dsn: str) -> Iterator[tuple[str, list[Slots]]]:
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
         listener.setblocking(False)
-        shared = [Slots() for _ in range(PAIRS)]
+        shared, started = [Slots() for _ in range(PAIRS)], []
         for slots in shared:
             for work in ((receive, listener, slots), (write, dsn, slots)):
-                started = fork.Process(target=run, args=work, daemon=True)
-                started.start()
-                stack.callback(started.kill)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", shared
+                started.append(fork.Process(target=run, args=work, daemon=True))
+                started[-1].start()
+                stack.callback(started[-1].kill)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", shared, lambda: all(each.is_alive() for each in started)
 
 
-def load(url: str, shared: list[Slots], options: argparse.Namespace, prepared: int = 0) -> float:
-    """Send as many points as are taken and wait until all are committed; return points/s, as a trial counts them."""
-    before = sum(slots.words[COMMITTED] for slots in shared)
-    report = rig.simulate(url, trial.load_flags(0, options, prepared))
-    deadline = time.monotonic() + WAIT_S
-    while sum(slots.words[COMMITTED] for slots in shared) - before < report["accepted"]:
-        if time.monotonic() > deadline:
-            raise rig.RigError("the chain did not commit what it took")
-        time.sleep(0.01)  # shared memory is polled; until the deadline
+@contextmanager
+def idle_looks() -> Iterator[list[tuple[float, float]]]:
+    """Note in the background, while the body runs, the time (s since 1970) and the machine's idle CPU so far, in s."""
+    looks: list[tuple[float, float]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(IDLE_LOOK_S):
+            fields = Path("/proc/stat").read_text().split(maxsplit=6)
+            looks.append((time.time(), (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield looks
+    finally:
+        over.set()
+        thread.join()
+
+
+def load(
+    url: str, shared: list[Slots], whole: Callable[[], bool], options: argparse.Namespace, prepared: int = 0
+) -> Bare:
+    """Send as many points as are taken and wait until all are committed; rates are counted as a trial counts them."""
+    before = [total(shared, word) for word in (COMMITTED, COMPRESSED)]
+    with idle_looks() as looks:
+        report = rig.simulate(url, trial.load_flags(0, options, prepared))
+        deadline = time.monotonic() + WAIT_S
+        while total(shared, COMMITTED) - before[0] < report["accepted"]:
+            if time.monotonic() > deadline or not whole():
+                raise rig.RigError("the chain did not commit what it took")
+            time.sleep(0.01)  # shared memory is polled; until the deadline
+    if report["refused"] + report["unknown"] + report["retries"]:
+        raise rig.RigError(f"the chain did not take what was sent: {'; '.join(report['failures'])}")
+    begin = datetime.fromisoformat(report["started_at"]).timestamp()
     last = max(slots.words[LAST_NS] for slots in shared) / 1e9
-    return float(report["accepted"] / (last - datetime.fromisoformat(report["started_at"]).timestamp()))
+    loaded = [look for look in looks if begin <= look[0] <= last]
+    idle = (loaded[-1][1] - loaded[0][1]) / (loaded[-1][0] - loaded[0][0]) / (os.cpu_count() or 1)
+    compressed = (total(shared, COMPRESSED) - before[1]) / report["accepted"]
+    clients = [slots.words[CLIENTS] for slots in shared]
+    return Bare(report["accepted"] / (last - begin), 1.0, compressed, idle, clients)
 
 
-def bare(options: argparse.Namespace) -> tuple[float, float]:
-    """Return points/s of the chain, and rows/s of COPY alone before and after."""
+def total(shared: list[Slots], word: int) -> int:
+    return sum(slots.words[word] for slots in shared)
+
+
+def bare(options: argparse.Namespace) -> Bare:
+    """Measure the chain once, and COPY alone before and after."""
     config = settings.load({"DATABASE_URL": options.database_url} if options.database_url else {})
     home = rig.private_folder(Path("/tmp"), "orbitstream-bare")
     try:
-        with trial.scratch_database(config, home) as dsn, chain(dsn) as (url, shared):
-            pace = load(url, shared, options)
+        with trial.scratch_database(config, home) as dsn, chain(dsn) as (url, shared, whole):
+            pace = load(url, shared, whole, options).per_second
             ceiling = trial.Ceiling(dsn, options.satellites, PAIRS, seconds=min(options.seconds, WARM_UP_S))
             ceiling.measure()
             trial.empty(dsn, checkpoint=True)
-            rate = load(url, shared, options, int(SPARE * pace * options.seconds))
+            found = load(url, shared, whole, options, int(SPARE * pace * options.seconds))
             trial.empty(dsn, checkpoint=True)
             ceiling.measure()
-            return rate, ceiling.rows_per_second
+            found.copy_per_second = ceiling.rows_per_second
+            return found
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -234,13 +299,15 @@ def main() -> int:
         **vars(options), workers=PAIRS, writers=PAIRS, rate=0.0, prepare=True, format="json", history=0
     )
     found = []
-    for _ in range(options.rounds):
-        rate, copy = bare(options)
-        engine = measure(options.satellites, engines)
-        shares = {"bare": round(rate / copy, 3), "engine": engine["committed_to_copy"]}
-        found.append({"bare_per_second": round(rate), "bare_copy_per_second": round(copy), "shares": shares, **engine})
+    for number in range(options.rounds):
+        turns = {"bare": lambda: bare(options), "engine": lambda: measure(options.satellites, engines)}
+        taken: dict[str, Any] = {way: turns[way]() for way in sorted(turns, reverse=bool(number % 2))}
+        chained, engine = taken["bare"], taken["engine"]
+        shares = {"bare": round(chained.share, 3), "engine": engine["committed_to_copy"]}
+        found.append({"shares": shares, "bare": asdict(chained), "engine": engine})
         print(
-            f"of COPY alone: the bare chain {shares['bare']:.2f} ({rate:,.0f}/s), the engine {shares['engine']:.2f}"
+            f"of COPY alone: the bare chain {shares['bare']:.2f} ({chained.per_second:,.0f}/s, {chained.compressed:.0%}"
+            f" straight to the columnstore, {chained.idle:.0%} of the CPU idle), the engine {shares['engine']:.2f}"
             f" ({engine['committed_per_second']:,}/s)",
             flush=True,
         )

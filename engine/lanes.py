@@ -264,7 +264,10 @@ def retire(consumer: Consumer, layout: bytes) -> bool:
 
 def archived(folder: Path) -> list[Path]:
     """Return the ring files of drained lanes that are kept for a restore of the database."""
-    return sorted((folder / ARCHIVE).glob("*.ring"))
+    try:
+        return sorted(path for path in (folder / ARCHIVE).iterdir() if path.suffix == ".ring")
+    except FileNotFoundError:
+        return []
 
 
 def forget_archived(folder: Path, keep_s: float) -> list[Path]:

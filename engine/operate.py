@@ -61,7 +61,7 @@ def verify_command(config: Settings, options: argparse.Namespace) -> int:
     with connection(config) as database:
         try:
             checked = verify.balances(database, config.lane_dir)
-        except (verify.VerifyError, LaneStoppedError) as error:
+        except LaneStoppedError as error:
             raise OperateError(str(error)) from error
         counted = verify.deep(database) if options.deep else None
     parts, elsewhere, unreadable = checked

@@ -178,9 +178,9 @@ class Lane:
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self.map = mmap.mmap(self.fd, 0)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             os.close(self.fd)
-            raise LaneError(f"{path} is empty, not a lane: remove it") from error
+            raise LaneError(f"{path} is empty or no file, not a lane: remove it") from error
         try:
             self._read_header()
         except LaneError:

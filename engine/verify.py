@@ -24,7 +24,7 @@ ATTEMPTS: Final = 200
 
 
 class VerifyError(Exception):
-    """A lane that moved too fast to be looked at; try again under less load."""
+    """A lane whose records cannot be counted, why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Balance:
 
 
 class Checked(NamedTuple):
-    """The lanes of a folder: the balance of each; those of other databases, which have theirs; and files that cannot
-    be read as lanes, with the reason."""
+    """The lanes of a folder: the balance of each; those of other databases, which have theirs; and those that could not
+    be read, with the reason."""
 
     balances: list[Balance]
     elsewhere: dict[str, UUID]
@@ -65,17 +65,18 @@ class Checked(NamedTuple):
 def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
     """Look at each lane, archived ones included.
 
-    Raises LaneStoppedError for a database without an identity, VerifyError.
+    Raises LaneStoppedError for a database without an identity, OSError for a folder that cannot be listed.
     """
     database = ledger.identity(connection)
     found = Checked([], {}, {})
-    seen: set[UUID] = set()  # a lane that is archived while this looks has a second name there
-    for path in chain.from_iterable(listed(folder) for listed in (lanes.lane_files, lanes.archived)):
+    seen: set[UUID] = set()
+    # A lane that is archived while this looks is found there; one that is brought back, among the others once more.
+    for path in chain.from_iterable(listed(folder) for listed in (lanes.lane_files, lanes.archived, lanes.lane_files)):
         try:
             lane = Lane(path)
-        except FileNotFoundError:  # archived since it was listed, and found there, or removed
-            continue
         except (OSError, LaneError) as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():  # moved since it was listed, or removed
+                continue
             found.unreadable[path.name] = str(error)
             continue
         try:
@@ -86,6 +87,8 @@ def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
                 found.balances.append(balance(connection, lane))
             else:
                 found.elsewhere[path.name] = lane.database
+        except (VerifyError, LaneError) as error:
+            found.unreadable[path.name] = str(error)
         finally:
             lane.close()
     return found
@@ -95,7 +98,8 @@ def balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
     """Look at ledger, header and records until all three are of one moment.
 
     The order makes it so: the ledger's position S first, then head and its counters, then the records from S to head.
-    If those were freed and overwritten meanwhile, the walk finds no valid record, and we look again.
+    If those were freed and overwritten meanwhile, the walk finds no valid record, and we look again; if the tail says
+    that none was freed, one is damaged. Raises VerifyError, LaneError.
     """
     for _ in range(ATTEMPTS):
         row = connection.execute(
@@ -110,8 +114,13 @@ def balance(connection: psycopg.Connection[Any], lane: Lane) -> Balance:
         if queued is not None:
             settled = (committed, deduplicated, dead_lettered, forgone)
             return Balance(lane.path.name, published.points, *settled, queued, answered)
+        if lane.tail <= position:  # what lies behind the tail nobody overwrites
+            raise VerifyError(f"a record between {position} and {head} is damaged: keep the file")
         time.sleep(0.01)  # for the writer to get out of the way; ATTEMPTS times at most
-    raise VerifyError(f"{lane.path.name} moves too fast to be looked at: verify again under less load")
+    raise VerifyError(
+        f"records between the ledger's position {position} and the tail {lane.tail} are overwritten: the lane moves too"
+        " fast, verify again under less load; or the database went back in time, the writers' log says so then"
+    )
 
 
 def _walk(lane: Lane, position: int, head: int) -> int | None:

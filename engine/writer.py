@@ -187,11 +187,16 @@ class Writer:
         now = time.monotonic()
         if self.index != 0:
             return
-        if now >= self.next_sweep:
-            self.next_sweep = now + SWEEP_S
-            for path in lanes.forget_archived(self.config.lane_dir, self.config.archive_keep):
-                log.info("removed archived lane %s", path.name)
-        for path in lanes.archived(self.config.lane_dir):
+        try:
+            if now >= self.next_sweep:
+                self.next_sweep = now + SWEEP_S
+                for path in lanes.forget_archived(self.config.lane_dir, self.config.archive_keep):
+                    log.info("removed archived lane %s", path.name)
+            archived = lanes.archived(self.config.lane_dir)
+        except OSError as error:
+            log.error("the archive cannot be looked at: %s", error)
+            return
+        for path in archived:
             try:
                 lane = Lane(path)
             except (LaneError, OSError) as error:

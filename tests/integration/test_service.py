@@ -16,7 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from engine import heartbeat, lanes
+from engine import heartbeat, lanes, ring, rows
 from tests.conftest import on_each_edition
 from tests.load import assert_exactly_once, loads_on
 from tests.service import POINT, Service, children, eventually, is_gone
@@ -301,6 +301,14 @@ def test_a_damaged_record_is_told_and_those_before_it_are_stored(service: Servic
     assert "no valid record at position" in drained.stderr and "Traceback" not in drained.stderr, drained.stderr
     assert {row[0] for row in service.query("SELECT satellite_id FROM telemetry")} == {"FIRST", "SECOND"}
     assert path.exists()
+    (service.lane_dir / "lane-0007.ring").symlink_to("gone")
+    producer, lock = lanes.claim_producer(service.lane_dir, ring.MIN_CAPACITY, rows.layout())
+    producer.lane.close()
+    lock.release()
+    verified = service.run("verify")
+    assert verified.returncode == 1 and "lane-0007.ring: not checked, " in verified.stdout, verified
+    assert re.search(r"lane-0000.ring: not checked, a record between \d+ and \d+ is damaged", verified.stdout), verified
+    assert "lane-0001.ring: published 0 = " in verified.stdout, "the others are looked at"
 
 
 def test_a_client_encoding_of_the_environment_changes_nothing(service: Service) -> None:
