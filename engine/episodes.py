@@ -5,13 +5,14 @@ transaction may be repeated; `advance` moves the state, once the rows are stored
 state is of moves nothing. Several writers have each a state of their own; where they speak of one satellite, the open
 row in the database is the state, which both widen and the first to see it cleared closes.
 
-Only what can change a state is looked at point by point: satellites with a value beyond a limit, and those that are
-not nominal. All others cost some vector operations.
+Only what can change a state is looked at point by point: channels of a satellite with a value beyond a limit, and those
+that are not nominal. All others cost some vector operations.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from dataclasses import dataclass
 from math import isnan
 from typing import Final
@@ -97,18 +98,21 @@ class Monitor:
         Returns the episodes that began, became worse or ended, in order.
         """
         self._make_room()
-        beyond = columns.is_anomaly | self.limits.warning(columns) if self.limits.warns else columns.is_anomaly
         spiky = self._candidates(columns, found)
+        wanted: dict[int, set[str]] = defaultdict(set)  # by run: the channels that may change a state
+        for channel, beyond in self.limits.beyond(columns).items():
+            for index in found.holding(beyond):
+                wanted[index].add(channel)
         for index in self._particular(found, {}):
-            beyond = beyond.copy() if beyond is columns.is_anomaly else beyond
-            span, own = found.span(index), self.limits.of(self._name(found, index))
-            beyond[span] = self.limits.critical(columns, span, own) | self.limits.warning(columns, span, own)
-        wanted = {*found.holding(beyond), *spiky}
+            wanted[index].update(self.limits.of(self._name(found, index)))
+        for index, channels in spiky.items():
+            wanted[index].update(channels)
         if self.tracks:
-            wanted.update(self._tracked[found.numbers].nonzero()[0].tolist())
+            for index in self._tracked[found.numbers].nonzero()[0].tolist():
+                wanted[index].update(self.tracks[int(found.numbers[index])])
         changed: list[Episode] = []
         for index in sorted(wanted):
-            self._walk(columns, found, index, spiky.get(index, []), changed)
+            self._walk(columns, found, index, wanted[index], spiky.get(index, []), changed)
         self._remember(columns, found, spiky)
         np.maximum.at(self._newest, found.numbers, columns.time[found.ends - 1])
         return changed
@@ -146,12 +150,14 @@ class Monitor:
 
     # -- one satellite, point by point
 
-    def _walk(self, columns: Columns, found: Runs, index: int, spikes: list[str], changed: list[Episode]) -> None:
+    def _walk(
+        self, columns: Columns, found: Runs, index: int, wanted: set[str], spikes: list[str], changed: list[Episode]
+    ) -> None:
         number, span = int(found.numbers[index]), found.span(index)
         name, alone = self.satellites.names[number], span.stop - span.start == 1
         newest, tracks = int(self._newest[number]), self.tracks.get(number, {})
         for channel, limit in self.limits.of(name).items():
-            column = columns.values.get(channel)
+            column = columns.values.get(channel) if channel in wanted else None
             if column is None:
                 continue
             low, high, quiet = limit.lowest, limit.highest, channel not in tracks and channel not in spikes

@@ -19,7 +19,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from engine.channels import BY_NAME, MAX_ID_BYTES
-from engine.rows import Columns, Flags
+from engine.rows import Columns, Flags, Floats
 from engine.settings import Settings
 
 Bounds = tuple[float, float]
@@ -89,9 +88,7 @@ class Limits:
         for name, limit in [item for own in (self.channels, *self.satellites.values()) for item in own.items()]:
             if isfinite(limit.rate):
                 self.rates[name] = min(limit.rate, self.rates.get(name, inf))
-        self._critical, self._warning = _critical(self.channels), _warning(self.channels)
-        self.warns = any(map(isfinite, chain(*self._warning.values())))
-        """Whether the fleet has a warning limit of a value."""
+        self._critical = _critical(self.channels)
 
     def of(self, satellite: bytes) -> Mapping[str, Limit]:
         """Return the limits of a satellite by channel."""
@@ -102,31 +99,30 @@ class Limits:
 
         The limits are `own`, or those of the fleet.
         """
-        return _beyond(columns, span, self._critical if own is None else _critical(own))
+        flags = np.zeros(len(columns.time[span]), np.bool_)
+        for name, bounds in (self._critical if own is None else _critical(own)).items():
+            if name in columns.values:
+                flags |= _beyond(columns.values[name][span], bounds)
+        return flags
 
-    def warning(self, columns: Columns, span: slice = slice(None), own: Mapping[str, Limit] | None = None) -> Flags:
-        """Return for each point of `span` whether a value is beyond a warning limit; as `critical`."""
-        return _beyond(columns, span, self._warning if own is None else _warning(own))
+    def beyond(self, columns: Columns) -> dict[str, Flags]:
+        """Return for each channel which points are beyond a limit of the fleet, be it a warning or critical."""
+        return {
+            name: _beyond(columns.values[name], (limit.lowest, limit.highest))
+            for name, limit in self.channels.items()
+            if name in columns.values
+        }
 
 
 def _critical(limits: Mapping[str, Limit]) -> dict[str, Bounds]:
     return {name: (limit.critical_below, limit.critical_above) for name, limit in limits.items()}
 
 
-def _warning(limits: Mapping[str, Limit]) -> dict[str, Bounds]:
-    return {name: (limit.warning_below, limit.warning_above) for name, limit in limits.items()}
-
-
-def _beyond(columns: Columns, span: slice, bounds: Mapping[str, Bounds]) -> Flags:
-    flags = np.zeros(len(columns.time[span]), np.bool_)
-    for name, (low, high) in bounds.items():
-        column = columns.values.get(name)
-        if column is None:
-            continue
-        if low > -inf:
-            flags |= column[span] < low
-        if high < inf:
-            flags |= column[span] > high
+def _beyond(column: Floats, bounds: Bounds) -> Flags:
+    low, high = bounds
+    flags: Flags = column < low
+    if high < inf:
+        flags |= column > high
     return flags
 
 
