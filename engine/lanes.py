@@ -96,6 +96,11 @@ def prepare(folder: Path, durability: str = "process") -> None:
     A durability of `os` or `disk` is refused on a file system that lives in memory.
     """
     try:
+        if durability != "process" and _file_system(folder) in ("tmpfs", "ramfs"):
+            raise LaneDirError(
+                f"ORBITSTREAM_DURABILITY={durability} cannot be kept in {folder}, which is memory: "
+                "set ORBITSTREAM_LANE_DIR to a folder on a disk"
+            )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
@@ -112,11 +117,6 @@ def prepare(folder: Path, durability: str = "process") -> None:
         probe.unlink()
     except OSError as error:
         raise LaneDirError(f"ORBITSTREAM_LANE_DIR: {folder} cannot be written: {error.strerror}") from error
-    if durability != "process" and _file_system(folder) in ("tmpfs", "ramfs"):
-        raise LaneDirError(
-            f"ORBITSTREAM_DURABILITY={durability} cannot be kept in {folder}, which is memory: "
-            "set ORBITSTREAM_LANE_DIR to a folder on a disk"
-        )
 
 
 def check_room(folder: Path, lanes_wanted: int, capacity: int) -> None:
@@ -132,8 +132,8 @@ def check_room(folder: Path, lanes_wanted: int, capacity: int) -> None:
 
 
 def _file_system(folder: Path) -> str:
-    """Return the type of the file system that `folder` lies on (proc(5), mountinfo)."""
-    device = folder.stat().st_dev
+    """Return the type of the file system that `folder` lies on, or will lie on once it is made (proc(5), mountinfo)."""
+    device = next(path for path in (folder, *folder.absolute().parents) if path.exists()).stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")

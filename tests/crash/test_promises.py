@@ -45,9 +45,11 @@ def test_a_keyed_request_sent_twice_is_stored_once(service: Service) -> None:
 
 
 def test_durability_is_echoed_and_refused_in_memory(service: Service, disk_dir: Path) -> None:
-    refused = service.run("serve", ORBITSTREAM_DURABILITY="disk")
+    missing = service.lane_dir / "missing"
+    refused = service.run("serve", ORBITSTREAM_DURABILITY="disk", ORBITSTREAM_LANE_DIR=str(missing))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "ORBITSTREAM_DURABILITY=disk cannot be kept in" in refused.stderr
+    assert not missing.exists()
     service.environment |= {"ORBITSTREAM_LANE_DIR": str(disk_dir / "lanes"), "ORBITSTREAM_DURABILITY": "disk"}
     service.start()
     assert service.post("/telemetry", POINT)[2]["orbitstream-durability"] == "disk"
