@@ -164,7 +164,7 @@ def write(dsn: str, slots: Slots) -> None:
             records = slots.take()
             columns, received = rows.unpack(rows.layout(), records)
             order = copy_format.order(columns)
-            columns = copy_format.take(columns, order)
+            columns = rows.take(columns, order)
             names = ", ".join(copy_format.column_names(columns))
             with connection.transaction(), connection.cursor() as cursor:
                 asked = store.begin(cursor, len(columns))

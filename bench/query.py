@@ -31,7 +31,7 @@ from bench import results
 from engine import copy_format, limits, migrate, policies, settings
 from engine.columnstore import Columnstore
 from engine.latest import Latest
-from engine.rows import Columns
+from engine.rows import Columns, take
 from engine.satellites import Satellites
 from engine.trial import scratch
 from simulator.anomalies import Anomaly
@@ -102,7 +102,7 @@ def batches(options: argparse.Namespace, end: datetime) -> Iterator[Columns]:
         }
         columns = Columns(readings.time_us, ids[readings.satellite], values, np.zeros(len(readings.time_us), np.bool_))
         columns.is_anomaly = fleet_limits.critical(columns)
-        yield copy_format.take(columns, copy_format.order(columns))
+        yield take(columns, copy_format.order(columns))
 
 
 class Table:

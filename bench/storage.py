@@ -20,7 +20,7 @@ from bench import results
 from bench.ingest import store
 from engine import copy_format, migrate, policies, rig, settings, trial
 from engine.columnstore import Columnstore
-from engine.rows import Columns
+from engine.rows import Columns, take
 from simulator.fleet import CHANNEL_SETS, Fleet, satellite_ids
 
 BATCH = 50_000
@@ -47,7 +47,7 @@ def measure(channels: str, options: argparse.Namespace) -> dict[str, Any]:
                     for channel, column in zip(fleet.channels, readings.values, strict=True)
                 }
                 columns = Columns(readings.time_us, ids[readings.satellite], values, readings.anomaly > 0)
-                store(connection, columnstore, copy_format.take(columns, copy_format.order(columns)))
+                store(connection, columnstore, take(columns, copy_format.order(columns)))
             written = _bytes(connection) / options.points
             connection.execute(
                 f"CALL run_job({policies.job_of(connection, 'telemetry', 'policy_compression')})".encode()

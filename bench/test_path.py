@@ -67,7 +67,7 @@ def test_ring_publish_and_read(benchmark: Any, lane: Lane) -> None:
 
 def test_sort_for_copy(benchmark: Any) -> None:
     points = columns(COPIED)
-    assert len(benchmark(lambda: copy_format.take(points, copy_format.order(points)))) == COPIED
+    assert len(benchmark(lambda: rows.take(points, copy_format.order(points)))) == COPIED
 
 
 def test_copy_encoding(benchmark: Any) -> None:
@@ -92,7 +92,7 @@ def test_copy(benchmark: Any, database: psycopg.Connection[Any]) -> None:
     bodies = []
     for number in range(20):
         points = columns(COPIED, number * COPIED)
-        points = copy_format.take(points, copy_format.order(points))
+        points = rows.take(points, copy_format.order(points))
         bodies.append(copy_format.encode(points, np.full(COPIED, points.time[0])))
     names = ", ".join(copy_format.column_names(columns(1)))
     turns = itertools.cycle(bodies)

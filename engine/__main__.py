@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -44,6 +45,17 @@ log = logging.getLogger("orbitstream")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str] | None) -> int:
     options = _parser().parse_args(argv)
     given = {name: getattr(options, name, None) for name, *_ in settings.options()}
     try:
@@ -51,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         logs.configure(config.log_level, "orbitstream")
         code: int = options.run(config, options)
         return code
+    except BrokenPipeError:
+        raise
     except (settings.SettingError, limits.LimitsError, lanes.LaneDirError, EmbeddedError) as error:
         print(f"orbitstream: {error}", file=sys.stderr)
         return USAGE
@@ -99,11 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("list", "resume", "adopt"),
         help="resume: after a restore; adopt: store here what waits in a lane of a database that is gone for good",
     )
-    lane.add_argument("lane", nargs="?", help="the lane to resume or adopt: its uuid, or its file name")
+    lane.add_argument("lane", nargs="?", help="the lane (all are listed without): its uuid, or its file name")
     lane.add_argument("--json", action="store_true", help="print one JSON object")
     letters = _command(commands, "dead-letters", operate.dead_letters_command, "points that the database refused")
     letters.add_argument("action", choices=("list", "replay", "purge"), help="purge: those replayed, or those named")
-    letters.add_argument("ids", nargs="*", type=int, help="only these")
+    letters.add_argument("ids", nargs="*", type=int, help="replay or purge only these")
     letters.add_argument("--limit", type=int, default=50, help="list at most so many (default: %(default)s)")
     letters.add_argument("--json", action="store_true", help="print one JSON object a line")
     token = _command(commands, "token", operate.token_command, "create, list and revoke bearer tokens")
@@ -120,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     back = _command(commands, "import", operate.import_command, "store an export's points, once however often repeated")
     back.add_argument("dir", type=Path, help="folder of an export")
     back.add_argument("--beside", action="store_true", help="also where the table has other points of those days")
+    back.add_argument("--again", action="store_true", help="store anew what an earlier import stored and is gone since")
     demo.add_command(commands)
     capacity.add_command(commands)
     return parser
@@ -261,7 +276,9 @@ def _check_schema(url: str) -> int:
 
 
 def _status(config: Settings, options: argparse.Namespace) -> int:
+    lanes.expect(config.lane_dir)
     report = health.describe(config)
+    report["unreadable"] = lanes.unreadable(config.lane_dir)
     report["lanes"] = [
         {
             "name": lane.path.name,
@@ -277,7 +294,7 @@ def _status(config: Settings, options: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         _print_status(report, config)
-    return 0 if report["status"] == "healthy" else 1
+    return 0 if report["status"] == "healthy" and not report["unreadable"] else 1
 
 
 def _print_status(report: dict[str, Any], config: Settings) -> None:
@@ -291,6 +308,8 @@ def _print_status(report: dict[str, Any], config: Settings) -> None:
             f"{lane['fill']:>6.1%} full {lane['queued_points']:>10} queued {lane['published_points']:>12} published"
         )
         print(f"{lane['name']}  {numbers}")
+    for name, why in report["unreadable"].items():
+        print(f"{name}  unreadable: {why}")
 
 
 def _drain(config: Settings, options: argparse.Namespace) -> int:
@@ -309,8 +328,10 @@ def _drain(config: Settings, options: argparse.Namespace) -> int:
         writer.stop()
         writer.run()
         left = sum(lane.queued_points for lane in lanes.open_lanes(config.lane_dir))
-        print(f"stored {beat.committed_points - before} points, {left} left in {config.lane_dir}")
-        return 1 if left else 0
+        unreadable = lanes.unreadable(config.lane_dir)
+        and_files = f", and what these hold: {', '.join(unreadable)}" if unreadable else ""
+        print(f"stored {beat.committed_points - before} points, {left} left in {config.lane_dir}{and_files}")
+        return 1 if left or unreadable else 0
 
 
 if __name__ == "__main__":

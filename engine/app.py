@@ -176,6 +176,8 @@ class HealthResource:
         response.status = falcon.HTTP_200 if report["status"] == "healthy" else falcon.HTTP_503
         response.data = orjson.dumps(report)
 
+    on_head = on_get
+
 
 class MetricsResource:
     """GET /metrics: the counters of the lanes and the writers, in Prometheus' text format."""
@@ -189,12 +191,16 @@ class MetricsResource:
         response.content_type = metrics.CONTENT_TYPE
         response.data = metrics.render(stats.take(self._folder))
 
+    on_head = on_get
+
 
 class LiveResource:
     """GET /health/live: this process answers."""
 
     def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
         response.data = b'{"status":"live"}'
+
+    on_head = on_get
 
 
 class ReadyResource:
@@ -208,12 +214,16 @@ class ReadyResource:
             raise Problem("not-ready", "the lane of this worker is full", headers=self._lane.retry_after())
         response.data = b'{"status":"ready"}'
 
+    on_head = on_get
+
 
 class OpenApiResource:
     """GET /openapi.json: what this service takes and answers."""
 
     def on_get(self, _: falcon.Request, response: falcon.Response) -> None:
         response.data = openapi.document()
+
+    on_head = on_get
 
 
 def build(config: Settings, lane: Lane) -> falcon.App[falcon.Request, falcon.Response]:

@@ -150,13 +150,3 @@ def _packed(
         key |= (chars[index] - low[index]).astype(np.int64) << used
         used += widths[index]
     return key
-
-
-def take(columns: Columns, indices: NDArray[np.intp]) -> Columns:
-    """Return the points at `indices`, in that order."""
-    return Columns(
-        time=columns.time[indices],
-        satellite_id=columns.satellite_id[indices],
-        values={name: values[indices] for name, values in columns.values.items()},
-        is_anomaly=columns.is_anomaly[indices],
-    )

@@ -83,7 +83,7 @@ def replay(connection: psycopg.Connection[Any], ids: list[int] | None) -> tuple[
                         [number],
                     )
                     stored += 1
-        except (psycopg.DataError, psycopg.IntegrityError) as error:
+        except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException) as error:
             refused.append(f"{number}: {' '.join(str(error).split())}")
     return stored, refused
 

@@ -194,7 +194,7 @@ class _Transaction:
         """Mark the points of many records as if they were stored at once: a spike is one beside its neighbours."""
         whole = rows.concatenate(parts)
         order = copy_format.order(whole)
-        whole = copy_format.take(whole, order)
+        whole = rows.take(whole, order)
         self.mark(whole)
         flags = np.empty(len(order), np.bool_)
         flags[order] = whole.is_anomaly
@@ -214,11 +214,7 @@ class _Transaction:
                 return []
             half = len(columns) // 2
             both = np.arange(half), np.arange(half, len(columns))
-            return [
-                stored
-                for part in both
-                for stored in self._halve(record, copy_format.take(columns, part), received[part])
-            ]
+            return [stored for part in both for stored in self._halve(record, rows.take(columns, part), received[part])]
         self.cursor.execute("RELEASE SAVEPOINT careful")
         return [(columns, received)]
 
@@ -235,4 +231,4 @@ class _Transaction:
 def _sorted(columns: Columns, received: Times) -> tuple[Columns, Times]:
     """Return points by satellite and time, as whoever looks at them after the COPY expects them."""
     order = copy_format.order(columns)
-    return copy_format.take(columns, order), received[order]
+    return rows.take(columns, order), received[order]

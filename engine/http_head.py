@@ -33,6 +33,10 @@ _TARGET = re.compile(r"(?:https?://[^/?#]*)?(/[^?#]*|(?=\?|$)|\*$)(?:\?([^#]*))?
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 _HOST = re.compile(r"[^\s,/?#@\\]*")
 _LENGTH = re.compile(r"[0-9]{1,18}")
+_ONCE: Final = frozenset(
+    ("HOST", "CONTENT-LENGTH", "CONTENT-TYPE", "TRANSFER-ENCODING", "IDEMPOTENCY-KEY", "AUTHORIZATION")
+)
+"""Fields of which a second would be taken for a part of the first."""
 
 _ENVIRON: Final[dict[str, Any]] = {
     "wsgi.version": (1, 0),
@@ -112,7 +116,7 @@ def _fields(lines: list[str]) -> dict[str, str]:
         name, value = field[1].upper(), field[2].strip(" \t")
         if name not in fields:
             fields[name] = value
-        elif name in ("HOST", "CONTENT-LENGTH", "CONTENT-TYPE", "TRANSFER-ENCODING"):
+        elif name in _ONCE:
             raise bad(f"the header {name.title()} is there twice")
         else:
             fields[name] += "," + value

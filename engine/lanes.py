@@ -13,6 +13,7 @@ never hold locks on two inodes of one name.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -30,8 +31,11 @@ from engine.producer import Producer
 from engine.ring import RESUMED, Lane, LaneError, boot_id, create, whole_pages
 
 MAX_LANES: Final = 1000
+MAX_UNUSABLE: Final = 10
+"""So many names of a lane that cannot be used are somebody's mistakes; more of them, and it is the folder."""
 ARCHIVE: Final = "archive"
 _NAME = re.compile(r"lane-\d{4}\.ring")
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 log = logging.getLogger("orbitstream.lanes")
@@ -121,7 +125,10 @@ def prepare(folder: Path, durability: str = "process") -> None:
 
 def check_room(folder: Path, lanes_wanted: int, capacity: int) -> None:
     """Raise LaneDirError if the file system has no room for so many lanes, counting those that are there."""
-    present = sum(path.stat().st_size for path in lane_files(folder))
+    present = 0
+    for path in lane_files(folder):
+        with suppress(OSError):  # archived meanwhile, or a link to nowhere
+            present += path.stat().st_size
     room = os.statvfs(folder)
     missing = lanes_wanted * capacity - present - room.f_bavail * room.f_frsize
     if missing > 0:
@@ -153,11 +160,28 @@ def lane_files(folder: Path) -> list[Path]:
 def open_lanes(folder: Path) -> Iterator[Lane]:
     """Map each readable lane of `folder` in turn, for a look at its words; the caller closes each.
 
-    A file that is no lane is left out: the writers say so, and count it as a stopped lane.
+    A file that cannot be read is left out (`unreadable`): the writers say so, and count it as a stopped lane.
     """
     for path in lane_files(folder):
         with suppress(OSError, LaneError):
             yield Lane(path)
+
+
+def unreadable(folder: Path) -> dict[str, str]:
+    """Return the ring files of `folder` that cannot be read, with the reason: what they hold nobody knows."""
+    found = {}
+    for path in lane_files(folder):
+        try:
+            Lane(path).close()
+        except (OSError, LaneError) as error:
+            if is_there(path):
+                found[path.name] = str(error)
+    return found
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is something of that name, be it a link to nowhere."""
+    return os.path.lexists(path)
 
 
 def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool = False) -> tuple[Producer, Lock]:
@@ -165,17 +189,25 @@ def claim_producer(folder: Path, capacity: int, layout: bytes, *, durable: bool 
 
     Only a lane of this boot, this row layout and this capacity is adopted; others are left to the writers. With
     `durable` (fdatasync before each 202) its head must be on the disk as well: else what was published last may have
-    been refused by the disk, and the lane is closed. Raises LaneDirError when there is no room for a new lane.
+    been refused by the disk, and the lane is closed. A name that cannot be used is left aside. Raises LaneDirError when
+    there is no room for a new lane.
     """
-    boot = boot_id()
+    boot, unusable = boot_id(), 0
     for number in range(MAX_LANES):
         path = folder / f"lane-{number:04d}.ring"
         lock = Lock(path.with_suffix(".producer"))
-        if not lock.acquire():
-            continue
         try:
-            if not path.exists():
+            if not lock.acquire():
+                continue
+            if not is_there(path):
                 _create(path, capacity, layout, boot)
+        except OSError as error:
+            lock.release()
+            log.error("left aside: %s", error)
+            unusable += 1
+            if unusable > MAX_UNUSABLE:
+                raise LaneDirError(f"cannot make a lane in {folder}: {error}") from error
+            continue
         except BaseException:  # a signal's too: a lock that nobody holds on to would keep the lane from others
             lock.release()
             raise
@@ -205,6 +237,8 @@ def _create(path: Path, capacity: int, layout: bytes, boot: bytes) -> None:
     try:
         create(path, capacity, layout, boot)
     except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
         raise LaneDirError(
             f"cannot make a lane of {capacity} bytes in {path.parent}: {error.strerror}; "
             "free some space, or set ORBITSTREAM_LANE_BYTES or ORBITSTREAM_LANE_DIR"
@@ -266,16 +300,19 @@ def archived(folder: Path) -> list[Path]:
     """Return the ring files of drained lanes that are kept for a restore of the database."""
     try:
         return sorted(path for path in (folder / ARCHIVE).iterdir() if path.suffix == ".ring")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def forget_archived(folder: Path, keep_s: float) -> list[Path]:
-    """Remove archived lanes older than `keep_s`, and return which."""
-    old = [path for path in archived(folder) if time.time() - path.stat().st_mtime > keep_s]
-    for path in old:
-        path.unlink()
-    return old
+    """Remove archived lanes older than `keep_s`, and return which; what cannot be removed stays."""
+    removed = []
+    for path in archived(folder):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > keep_s:
+                path.unlink()
+                removed.append(path)
+    return removed
 
 
 def bring_back(path: Path) -> Path:
@@ -287,7 +324,7 @@ def bring_back(path: Path) -> Path:
         if not lock.acquire():
             continue
         try:
-            if not target.exists():
+            if not is_there(target):
                 os.link(path, target)
                 path.unlink()
                 return target

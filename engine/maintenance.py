@@ -28,6 +28,9 @@ SETTLE_S: Final = 3600.0
 DELETE_ROWS: Final = 20_000
 """Rows deleted in one statement: a few hundred ms, so that autovacuum and the writers are never held up."""
 SAMPLES_KEPT: Final = "90 days"
+_CHUNKS: Final = (
+    "FROM timescaledb_information.chunks WHERE hypertable_schema = current_schema() AND hypertable_name = 'telemetry'"
+)
 LOCK_WAIT: Final = "500ms"
 """Shorter than the server's deadlock_timeout (1 s), after which whoever waits for an autovacuum has it cancelled."""
 
@@ -102,8 +105,7 @@ def make_chunks(connection: psycopg.Connection[Any], edition: migrate.Edition, i
     for ahead in (0.0, interval_s):
         with connection.transaction():
             at = connection.execute(
-                "SELECT now() + make_interval(secs => %(ahead)s) WHERE NOT EXISTS (SELECT"
-                " FROM timescaledb_information.chunks WHERE hypertable_name = 'telemetry'"
+                f"SELECT now() + make_interval(secs => %(ahead)s) WHERE NOT EXISTS (SELECT {_CHUNKS}"
                 " AND now() + make_interval(secs => %(ahead)s) >= range_start"
                 " AND now() + make_interval(secs => %(ahead)s) < range_end)",
                 {"ahead": ahead},
@@ -118,10 +120,9 @@ def make_chunks(connection: psycopg.Connection[Any], edition: migrate.Edition, i
             connection.execute("DELETE FROM telemetry WHERE time = %s AND satellite_id = '-'", at)
             if edition.name == "timescale":
                 connection.execute(
-                    "SELECT compress_chunk(format('%%I.%%I', chunk_schema, chunk_name)::regclass)"
-                    " FROM timescaledb_information.chunks WHERE hypertable_name = 'telemetry' AND NOT is_compressed"
-                    " AND %s >= range_start AND %s < range_end AND EXISTS (SELECT FROM pg_settings"
-                    "  WHERE name = 'timescaledb.enable_direct_compress_copy')",
+                    f"SELECT compress_chunk(format('%%I.%%I', chunk_schema, chunk_name)::regclass) {_CHUNKS}"
+                    " AND NOT is_compressed AND %s >= range_start AND %s < range_end"
+                    " AND EXISTS (SELECT FROM pg_settings WHERE name = 'timescaledb.enable_direct_compress_copy')",
                     [*at, *at],
                 )
             made += 1
@@ -138,11 +139,7 @@ def sample_storage(connection: psycopg.Connection[Any], edition: migrate.Edition
         aggregates = " + ".join(f"hypertable_size('{each.name}')" for each in policies.AGGREGATES)
         sizes = f"hypertable_size('telemetry'), {aggregates if edition.name == 'timescale' else 0}"
         points = "approximate_row_count('telemetry')"
-        chunks = (
-            "(SELECT count(*) FROM timescaledb_information.chunks WHERE hypertable_name = 'telemetry'),"
-            " (SELECT count(*) FROM timescaledb_information.chunks WHERE hypertable_name = 'telemetry'"
-            " AND is_compressed)"
-        )
+        chunks = f"(SELECT count(*) {_CHUNKS}), (SELECT count(*) {_CHUNKS} AND is_compressed)"
     connection.execute(
         "INSERT INTO storage_stats (database_bytes, telemetry_bytes, aggregate_bytes, points, chunks,"
         " compressed_chunks, disk_total_bytes, disk_free_bytes)"

@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
 import psycopg
 
-from engine import dead_letters, lanes, ledger, migrate, tokens, verify
+from engine import dead_letters, lanes, ledger, migrate, policies, tokens, verify
 from engine.consumer import Consumer, SealedConsumer
 from engine.embedded import running_dsn
 from engine.failpoints import ARMED, hit
@@ -53,6 +53,8 @@ def connection(config: Settings) -> Iterator[psycopg.Connection[Any]]:
         raise OperateError(
             f"{' '.join(str(error).split())}: set MIGRATION_DATABASE_URL to the account that owns the tables"
         ) from error
+    except psycopg.Error as error:
+        raise OperateError(f"the database refuses it: {' '.join(str(error).split())}") from error
 
 
 def verify_command(config: Settings, options: argparse.Namespace) -> int:
@@ -103,7 +105,8 @@ def lanes_command(config: Settings, options: argparse.Namespace) -> int:
             except (verify.VerifyError, LaneStoppedError) as error:
                 raise OperateError(str(error)) from error
         return 0
-    rows = [_describe(path) for path in [*lanes.lane_files(config.lane_dir), *lanes.archived(config.lane_dir)]]
+    paths = [*lanes.lane_files(config.lane_dir), *lanes.archived(config.lane_dir)]
+    rows = [_describe(path) for path in (paths if options.lane is None else [_find(config.lane_dir, options.lane)])]
     if options.json:
         print(json.dumps(rows))
     for row in rows if not options.json else []:
@@ -244,6 +247,8 @@ def dead_letters_command(config: Settings, options: argparse.Namespace) -> int:
                 print(f"refused again: {line}")
             print(f"replayed {stored} dead letters, {len(refused)} refused again")
             return 1 if refused else 0
+        if options.ids:
+            raise OperateError("list shows all, the newest first: give ids to replay or purge")
         letters = dead_letters.waiting(database, options.limit)
     for letter in letters:
         if options.json:
@@ -275,9 +280,14 @@ def token_command(config: Settings, options: argparse.Namespace) -> int:
         return 0
     if options.quota is not None and not 0 < options.quota < float("inf"):
         raise OperateError(f"--quota {options.quota:g} must be points/s above 0")
-    secret = tokens.create(path, options.name, options.scope or ["write"], options.quota)
-    print(f"{options.name} may {' and '.join(options.scope or ['write'])}; shown this once only:", file=sys.stderr)
-    print(secret)
+    scopes = sorted(set(options.scope or ["write"]))
+    secret = tokens.create(path, options.name, scopes, options.quota)
+    try:
+        print(f"{options.name} may {' and '.join(scopes)}; shown this once only:", file=sys.stderr)
+        print(secret, flush=True)
+    except OSError:  # a token that nobody has seen is of no use, and keeps its name from others
+        tokens.revoke(path, options.name)
+        raise
     return 0
 
 
@@ -285,9 +295,9 @@ def instant(text: str) -> datetime:
     """Read a date, or a date and time, as of UTC unless it has an offset; for argparse."""
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no date: write 2026-01-31 or 2026-01-31T12:00:00Z") from None
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 def export_command(config: Settings, options: argparse.Namespace) -> int:
@@ -309,7 +319,11 @@ def import_command(config: Settings, options: argparse.Namespace) -> int:
 
     with connection(config) as database:
         try:
-            stored, before = archive.restore(database, options.dir, _progress, beside=options.beside)
+            keep = policies.retention(database) if migrate.find_edition(database).name == "timescale" else None
+            keep = keep or timedelta(seconds=config.retention)
+            stored, before = archive.restore(
+                database, options.dir, _progress, keep, beside=options.beside, again=options.again
+            )
         except archive.ArchiveError as error:
             raise OperateError(str(error)) from error
     print(f"imported {stored} points, {before} were imported before")

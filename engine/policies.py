@@ -40,6 +40,8 @@ AGGREGATES: Final = (
 )
 """From fine to coarse, each made of the one before it."""
 
+LAG: Final = timedelta(hours=2)
+"""A refresh window grows only once it is so much too short."""
 RETENTION_EVERY: Final = timedelta(hours=1)
 COMPRESSION_EVERY: Final = timedelta(minutes=30)
 
@@ -87,16 +89,20 @@ def _reach(connection: psycopg.Connection[Any], retention: timedelta) -> timedel
 
 
 def _settle_refresh(connection: psycopg.Connection[Any], aggregate: Aggregate, reach: timedelta) -> timedelta:
-    """Set the window of a refresh; returns how far the next coarser one has to reach to see what this one changed.
+    """Set the window of a refresh, which sees what changed within `reach`; returns the reach of the next coarser one.
+
+    A bucket that begins before its window is left out. Of points, which are dropped by and by, no more can be seen;
+    what is made of a finer aggregate reaches a whole bucket further back, into what is kept much longer than points.
 
     All that changed is refreshed in one transaction: in batches, servers before 2.29 may leave out a late point that
     lies at the very start of a bucket until the next refresh (timescaledb#10221).
     """
     bucket = aggregate.bucket
     # A window has to hold two buckets. Newer ones are computed on the fly, so the latest one may wait for its end.
-    start = max(min(reach, aggregate.keep - DAY), 3 * bucket)
+    whole = timedelta(0) if aggregate is AGGREGATES[0] else bucket + LAG
+    start = max(min(reach + whole, aggregate.keep - DAY), 3 * bucket)
     wanted = {"start_offset": start, "end_offset": bucket}
-    if _alter(connection, aggregate.name, _REFRESH, aggregate.every, wanted, within=timedelta(hours=2)):
+    if _alter(connection, aggregate.name, _REFRESH, aggregate.every, wanted, within=LAG):
         connection.execute(
             "SELECT add_continuous_aggregate_policy(%s::regclass, start_offset => %s::interval,"
             " end_offset => %s::interval, schedule_interval => %s::interval)",
@@ -125,6 +131,15 @@ def _settle_retention(connection: psycopg.Connection[Any], table: str, keep: tim
             "SELECT add_retention_policy(%s::regclass, drop_after => %s::interval, schedule_interval => %s::interval)",
             [table, keep, RETENTION_EVERY],
         )
+
+
+def retention(connection: psycopg.Connection[Any]) -> timedelta | None:
+    """Return the age at which the server itself drops points; None if it does not."""
+    row = connection.execute(
+        "SELECT (config->>'drop_after')::interval FROM timescaledb_information.jobs WHERE job_id = %s",
+        [job_of(connection, "telemetry", _RETENTION)],
+    ).fetchone()
+    return None if row is None else row[0]
 
 
 def _alter(

@@ -152,8 +152,9 @@ def _unpack_singles(description: bytes, mask: int, width: int, payloads: list[me
 def unpack(description: bytes, payloads: Sequence[tuple[int, int, memoryview]]) -> tuple[Columns, Times]:
     """Join the payloads of many records, (points, reception time in us, payload) each, into columns.
 
-    Returns the columns and each point's reception time. The order of points is by record, except that records of one
-    point come grouped by shape. The columns own their memory: the payloads may be freed afterwards.
+    Returns the columns and each point's reception time. The order of points is by record, or by reception time where
+    records of one point are of several shapes, or among others: those come grouped, and of two points of one time the
+    one received last has to be last. The columns own their memory: the payloads may be freed afterwards.
     """
     parts: list[Columns] = []
     received: list[Times] = []
@@ -168,7 +169,11 @@ def unpack(description: bytes, payloads: Sequence[tuple[int, int, memoryview]]) 
         mask, width = struct.unpack("<IH", shape)
         parts.append(_unpack_singles(description, mask, width, [payload for _, payload in group]))
         received.append(np.fromiter((time_us for time_us, _ in group), np.int64, len(group)))
-    return concatenate(parts), np.concatenate(received)
+    columns, times = concatenate(parts), np.concatenate(received)
+    if singles and len(parts) > 1:
+        order = np.argsort(times, kind="stable")
+        columns, times = take(columns, order), times[order]
+    return columns, times
 
 
 def concatenate(parts: Sequence[Columns]) -> Columns:
@@ -185,3 +190,13 @@ def concatenate(parts: Sequence[Columns]) -> Columns:
 def _values(part: Columns, name: str) -> Floats:
     found = part.values.get(name)
     return found if found is not None else np.full(len(part), np.nan)
+
+
+def take(columns: Columns, indices: NDArray[np.intp]) -> Columns:
+    """Return the points at `indices`, in that order."""
+    return Columns(
+        time=columns.time[indices],
+        satellite_id=columns.satellite_id[indices],
+        values={name: values[indices] for name, values in columns.values.items()},
+        is_anomaly=columns.is_anomaly[indices],
+    )

@@ -289,9 +289,11 @@ class Supervisor:
         for lane in lanes.open_lanes(self.config.lane_dir):
             left += lane.queued_points
             lane.close()
+        for name, why in (unreadable := lanes.unreadable(self.config.lane_dir)).items():
+            log.error("what %s holds is not known: %s", name, why)
         if left:
             log.warning("%d points stay in the lanes in %s: the next start drains them", left, self.config.lane_dir)
-        else:
+        elif not unreadable:
             log.info("stopped, the lanes are empty")
 
 

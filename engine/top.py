@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from engine import recorder, stats
+from engine import lanes, recorder, stats
 from engine.heartbeat import LATENCY_EDGES, quantiles_ms
 from engine.settings import Settings
 from engine.stats import Sample
@@ -34,6 +34,7 @@ Report = dict[str, Any]
 def command(config: Settings, options: argparse.Namespace) -> int:
     """Show the engine until q or Ctrl-C; with --once a single report, as JSON with --json."""
     if options.once or options.json:
+        lanes.expect(config.lane_dir)
         before = stats.take(config.lane_dir)
         time.sleep(INTERVAL_S)  # a rate needs two looks
         report = describe(before, stats.take(config.lane_dir))

@@ -22,7 +22,7 @@ from psycopg import sql
 from engine import copy_format, heartbeat, lanes, migrate, rig
 from engine.columnstore import Columnstore
 from engine.rig import RigError
-from engine.rows import Columns, Ids, Times
+from engine.rows import Columns, Ids, Times, take
 from engine.settings import Settings
 
 COPY_BATCHES: Final = (10_000, 50_000, 100_000)
@@ -215,7 +215,7 @@ def random_readings(dice: np.random.Generator, times: Times, ids: Ids) -> Column
         },
         is_anomaly=np.zeros(count, np.bool_),
     )
-    return copy_format.take(columns, copy_format.order(columns))
+    return take(columns, copy_format.order(columns))
 
 
 def _copy_for(dsn: str, satellites: int, batch: int, number: int, seconds: float) -> float:

@@ -75,7 +75,7 @@ def balances(connection: psycopg.Connection[Any], folder: Path) -> Checked:
         try:
             lane = Lane(path)
         except (OSError, LaneError) as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():  # moved since it was listed, or removed
+            if not lanes.is_there(path):  # moved since it was listed, or removed
                 continue
             found.unreadable[path.name] = str(error)
             continue

@@ -136,6 +136,22 @@ def test_a_token_shows_up_nowhere(service: Service) -> None:
     assert token not in Path(service.environment["ORBITSTREAM_TOKENS_FILE"]).read_text()
 
 
+def test_a_token_that_nobody_could_see_is_none(service: Service, tmp_path: Path) -> None:
+    others = {"ORBITSTREAM_TOKENS_FILE": str(tmp_path / "tokens")}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "engine", "token", "create", "a"],
+            env={**os.environ, **service.environment, **others},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            cwd="/",
+        )
+    assert ended.returncode == 1 and b"No space left" in ended.stderr
+    assert service.run("token", "list", **others).stdout == ""
+    assert service.run("token", "create", "a", **others).returncode == 0
+
+
 def test_the_simulator_gets_in_with_a_token(service: Service) -> None:
     token = create(service, "simulator")
     get_in(service, token)

@@ -82,6 +82,13 @@ def test_a_timestamp_is_kept_to_the_microsecond(service: Service) -> None:
     assert service.query(query, stamp) == [(True,)]
 
 
+def test_what_can_be_got_has_a_head(service: Service) -> None:
+    for path in ("/health", "/health/live", "/health/ready", "/metrics", "/openapi.json"):
+        status, body, headers = service.request("HEAD", path)
+        assert (status, body, headers["content-length"] != "0") == (200, b"", True), path
+    assert service.request("HEAD", "/telemetry")[0] == 405
+
+
 def test_a_chunked_body_is_taken(service: Service) -> None:
     body = json.dumps({**POINT, "satellite_id": "CHUNKED"}).encode()
     answer = raw(

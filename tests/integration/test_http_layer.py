@@ -156,6 +156,7 @@ LOOP_ONLY = {  # gunicorn's own parser lets these pass, or answers them otherwis
         400,
     ),
     "a body cut short": (post(headers=b"Content-Length: 999\r\n", length=False), 400),
+    "key twice": (post(headers=b"Idempotency-Key: a\r\nIdempotency-Key: b\r\n"), 400),
 }
 
 

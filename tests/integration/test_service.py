@@ -321,13 +321,53 @@ def test_files_that_are_no_lanes_are_left_aside(service: Service, lane_dir: Path
     (lane_dir / "archive").mkdir()
     for name in ("lane-0000.ring", "archive/x.ring"):
         (lane_dir / name).touch()
+    for name in ("lane-0002.producer", "lane-0003.ring", "archive/y.ring"):
+        (lane_dir / name).symlink_to("gone")
+    (lane_dir / ".lane-0001.ring.new").mkdir()
     service.start(healthy=False)
     assert service.post("/telemetry", POINT)[0] == 202
     eventually(lambda: service.count() == 1)
+    assert (lane_dir / "lane-0004.ring").exists()
     status, report, _ = service.get("/health")
     assert (status, report["stopped_lanes"]) == (503, 1)
-    (lane_dir / "lane-0000.ring").unlink()
-    service.await_healthy()
+    assert set(json.loads(service.run("status", "--json").stdout)["unreadable"]) == {"lane-0000.ring", "lane-0003.ring"}
+    unknown = service.run("lanes", "resume", "lane-0009.ring")
+    assert unknown.returncode == 1 and "there is no lane lane-0009.ring" in unknown.stderr
+    assert service.stop() == 0
+    assert "what lane-0000.ring holds is not known: " in service.output()
+    assert "the lanes are empty" not in service.output()
+    drained = service.run("drain")
+    assert drained.returncode == 1
+    assert "0 left in" in drained.stdout and "and what these hold: lane-0000.ring, lane-0003.ring" in drained.stdout
+    for name in ("lane-0000.ring", "lane-0003.ring"):
+        (lane_dir / name).unlink()
+    service.start()
+
+
+def test_a_lane_directory_in_which_nothing_can_be_made_stops_the_edge(lane_dir: Path) -> None:
+    for number in range(lanes.MAX_UNUSABLE + 2):
+        (lane_dir / f"lane-{number:04d}.producer").symlink_to("gone")
+    with pytest.raises(lanes.LaneDirError, match=r"cannot make a lane in .*symbolic links"):
+        lanes.claim_producer(lane_dir, ring.MIN_CAPACITY, rows.layout())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(service: Service) -> None:
+    for command in (["--help"], ["lanes", "list", "--json"], ["status"]):
+        for unbuffered in ("", "1"):
+            reader, writer = os.pipe()
+            os.close(reader)
+            ended = subprocess.run(
+                [sys.executable, "-P", "-m", "engine", *command],
+                env={**os.environ, **service.environment, "PYTHONUNBUFFERED": unbuffered},
+                stdout=writer,
+                stderr=subprocess.PIPE,
+                timeout=60,
+                cwd="/",
+            )
+            os.close(writer)
+            # Newer versions of argparse keep it to themselves that nobody reads their help.
+            assert ended.returncode in ((0, 128 + signal.SIGPIPE) if "--help" in command else (128 + signal.SIGPIPE,))
+            assert ended.stderr == b"", command
 
 
 def test_a_relative_lane_directory_is_one_folder(service: Service, tmp_path: Path) -> None:

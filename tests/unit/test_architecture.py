@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "health": {"heartbeat", "lanes", "timestamps"},
     "stats": {"heartbeat", "lanes", "ring"},
     "metrics": {"heartbeat", "stats"},
-    "top": {"heartbeat", "recorder", "stats"},
+    "top": {"heartbeat", "lanes", "recorder", "stats"},
     "recorder": {"episodes", "heartbeat", "limits", "stats"},
     "answers": {"prefer", "producer"},
     "http_head": {"problems"},
@@ -86,7 +86,8 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"consumer", "lanes", "ledger", "ring"},
     "archive": {"columnstore", "copy_format", "rows"},
     "operate": {
-        "archive", "consumer", "dead_letters", "embedded", "lanes", "ledger", "migrate", "ring", "tokens", "verify",
+        "archive", "consumer", "dead_letters", "embedded", "lanes", "ledger", "migrate", "policies", "ring", "tokens",
+        "verify",
     },
     "rig": {"embedded"},
     "demo": {"heartbeat", "rig"},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine import copy_format
 from engine.copy_format import POSTGRES_EPOCH_US, SIGNATURE, TRAILER
-from engine.rows import Columns
+from engine.rows import Columns, take
 
 
 def read(body: bytes, names: list[str]) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def test_rows_are_the_same_in_whatever_pieces_they_are_made(points: list[tuple[A
 @given(_points)
 def test_the_order_is_that_of_the_index(points: list[tuple[Any, ...]]) -> None:
     columns = columns_of(points)
-    ordered = copy_format.take(columns, copy_format.order(columns))
+    ordered = take(columns, copy_format.order(columns))
     keys = list(zip(ordered.satellite_id.tolist(), ordered.time.tolist(), strict=True))
     assert keys == sorted((name, time) for name, time, *_ in points)
 

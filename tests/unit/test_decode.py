@@ -440,6 +440,7 @@ def test_columns_survive_the_lane(batches: list[list[dict[str, Any]]]) -> None:
         payloads.append((len(batch), time, memoryview(payload + bytes(-len(payload) % 8))))
         expected += [(time, *_key(columns, index)) for index in range(len(columns))]
     joined, received = rows.unpack(rows.layout(), payloads)
+    assert received.tolist() == sorted(received.tolist())
     found = [(received[index], *_key(joined, index)) for index in range(len(joined))]
     assert sorted(found, key=str) == sorted(expected, key=str)
 
