@@ -107,6 +107,25 @@ def test_retention_keeps_the_history_of_the_aggregates(any_database: str) -> Non
         assert connection.execute(AGGREGATED.format(name="satellite_stats").encode()).fetchall() == before
 
 
+def test_what_is_late_by_nearly_the_retention_is_in_every_aggregate(any_database: str) -> None:
+    config = settings.load({"ORBITSTREAM_CHUNK_INTERVAL": "1d", "ORBITSTREAM_RETENTION": "3d"})
+    edition = migrate.migrate(config, any_database, lambda _: None)
+    with migrate.connect(any_database, "test") as connection:
+
+        def totals() -> list[int]:
+            refresh(connection, edition)
+            found = [connection.execute(f"SELECT sum(data_points) FROM {name}".encode()).fetchone() for name in WIDTHS]
+            return [int(row[0]) for row in found if row is not None]
+
+        connection.execute(INSERT.format(time="now() - n * interval '30 min'", count=138).encode())
+        before = totals()
+        assert before == before[:1] * 3
+        for hours in (54, 70.5):  # an hour within the retention no window reaches: points are about to be dropped there
+            late = f"now() - interval '{hours} hours' + n * interval '1 s'"
+            connection.execute(INSERT.format(time=late, count=100).encode())
+        assert totals() == [before[0] + 200] * 3
+
+
 def test_policies_follow_the_settings(any_database: str) -> None:
     config = settings.load({})
     edition = migrate.migrate(config, any_database, lambda _: None)
