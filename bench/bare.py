@@ -120,7 +120,7 @@ def receive(listener: socket.socket, slots: Slots) -> None:
                 poll.register(client.fileno(), select.EPOLLIN)
                 clients[client.fileno()], filled[client.fileno()] = (client, bytearray(BUFFER_BYTES)), 0
                 slots.words[CLIENTS] = len(clients)
-                time.sleep(len(clients) * ACCEPT_PAUSE_S)
+                time.sleep(len(clients) * ACCEPT_PAUSE_S)  # for the other receiver to take the next connection
                 continue
             client, buffer = clients[fd]
             try:

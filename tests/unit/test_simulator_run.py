@@ -203,8 +203,8 @@ def test_the_log_is_exactly_what_the_server_accepted(flags: tuple[str, ...], ser
     assert report["requests"] == len(server.received)
     expected = 3000 if "3000" in flags else int(40 * int(flags[1]) * 0.3)
     assert report["sent"] + report["silent"] == expected and report["unsent"] == 0
-    # At any one moment each of the 40 has an episode or not, as tossed for ten minutes: four sigma either way.
-    assert 0.1 < report["anomalies"] / expected < 0.9
+    # At any one moment each satellite has an episode or not, for ten minutes: of ten, nine did once.
+    assert 0.2 < report["anomalies"] / expected < 0.9
     assert max(time for _, time in keys) <= datetime.now(UTC)
 
 
